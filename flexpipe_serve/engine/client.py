@@ -1,0 +1,75 @@
+"""The seam between HTTP and the engine: what the ingress needs, and nothing more.
+
+``engine/engine.py`` implements it over a pipeline; tests of the HTTP layer use a fake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flexpipe_serve.engine.outputs import SequenceOutput
+from flexpipe_serve.engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """Static facts of the served model, known before any stage is up."""
+
+    name: str
+    created: int
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Tokenizer(Protocol):
+    """The part of a tokenizer that the ingress uses."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[int]:
+        """Token ids of the rendered conversation. Raises InvalidRequestError where the template refuses it."""
+        ...
+
+
+class EngineClient(Protocol):
+    """An engine that generates."""
+
+    @property
+    def model(self) -> ModelCard: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def generate(
+        self,
+        *,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        n: int = 1,
+        priority: int = 0,
+    ) -> AsyncIterator[SequenceOutput]:
+        """Outputs of all ``n`` sequences, as they come, until each has a finish reason.
+
+        Closing the iterator (or cancelling its task) aborts what still runs, exactly once.
+        Lower ``priority`` values are served first. Sequence ``i`` samples with ``params.seed + i``.
+
+        Raises (before the first output):
+            InvalidRequestError: the prompt does not fit.
+            QueueFullError: the waiting queue is at its limit.
+            EngineUnavailableError: the pipeline is not up.
+        """
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """The body of ``GET /flexpipe/status``: JSON-serialisable."""
+        ...
+
+    async def check_health(self) -> None:
+        """Raises EngineUnavailableError unless a request could be served now."""
+        ...
