@@ -1,0 +1,342 @@
+"""Segments and their domain folder: real shared memory, real processes, real kills."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexpipe_serve.kv.domain import SHM_ROOT, DomainFolder, free_bytes, sweep_stale
+from flexpipe_serve.kv.segment import BlockShape, DeviceSegment, KVMemoryError, Segment, SharedSegment
+
+PAGE = os.sysconf("SC_PAGESIZE")
+SHAPE = BlockShape(block_size=16, num_kv_heads=3, head_dim=64, dtype=torch.float32)
+ODD_SHAPE = BlockShape(block_size=3, num_kv_heads=1, head_dim=5, dtype=torch.bfloat16)
+"""Its blocks (60 bytes) end inside pages."""
+
+
+@pytest.fixture
+def shm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A private folder in real shared memory."""
+    folder = SHM_ROOT / f"flexpipe-test-{os.getpid()}-{threading.get_ident()}"
+    folder.mkdir()
+    yield folder
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    folder.rmdir()
+
+
+@pytest.fixture(params=["shared", "device"])
+def make_segment(request: pytest.FixtureRequest, shm: Path) -> Callable[..., Segment]:
+    def make(shape: BlockShape = SHAPE, max_blocks: int = 64) -> Segment:
+        if request.param == "shared":
+            return SharedSegment(shm / "layer-0.kv", shape=shape, max_blocks=max_blocks, create=True)
+        return DeviceSegment(shape=shape, max_blocks=max_blocks, device=torch.device("cpu"))
+
+    return make
+
+
+def fill(segment: Segment) -> None:
+    """Make each committed block hold its id plus one."""
+    for block in range(segment.num_blocks):
+        segment.tensor[block] = block + 1
+
+
+def assert_filled(segment: Segment, num_blocks: int) -> None:
+    for block in range(num_blocks):
+        assert (segment.tensor[block] == block + 1).all()
+
+
+@pytest.mark.parametrize("shape", [SHAPE, ODD_SHAPE], ids=["float32", "bfloat16-odd"])
+def test_contents_survive_resizes_and_new_blocks_are_zero(
+    make_segment: Callable[..., Segment], shape: BlockShape
+) -> None:
+    segment = make_segment(shape)
+    assert segment.num_blocks == 0
+    segment.resize(10)
+    assert segment.tensor.shape == (10, *shape.dims)
+    assert segment.tensor.dtype == shape.dtype
+    assert not segment.tensor.any()
+    fill(segment)
+    segment.resize(25)
+    assert_filled(segment, 10)
+    assert not segment.tensor[10:].any()
+    fill(segment)
+    segment.resize(7)
+    assert len(segment.tensor) == 7
+    segment.resize(64)
+    assert_filled(segment, 7)
+    assert not segment.tensor[7:].any()
+    assert segment.committed_bytes == 64 * shape.num_bytes
+    segment.close()
+
+
+@pytest.mark.parametrize("num_blocks", [-1, 65])
+def test_resize_out_of_range(make_segment: Callable[..., Segment], num_blocks: int) -> None:
+    segment = make_segment()
+    with pytest.raises(ValueError, match=f"num_blocks is {num_blocks}; this segment holds 0 to 64"):
+        segment.resize(num_blocks)
+    assert segment.num_blocks == 0
+
+
+def test_shared_memory_is_taken_and_given_back(shm: Path) -> None:
+    shape = BlockShape(block_size=16, num_kv_heads=8, head_dim=128, dtype=torch.float32)
+    segment = SharedSegment(shm / "layer-0.kv", shape=shape, max_blocks=256, create=True)
+    for num_blocks in (128, 200, 3, 0, 40):
+        segment.resize(num_blocks)
+        assert segment.allocated_bytes == num_blocks * shape.num_bytes
+        fill(segment)
+        assert segment.allocated_bytes == num_blocks * shape.num_bytes
+
+
+def test_large_reserve_is_free(shm: Path) -> None:
+    max_blocks = 4 * 2**30 // SHAPE.num_bytes
+    segment = SharedSegment(shm / "layer-0.kv", shape=SHAPE, max_blocks=max_blocks, create=True)
+    assert segment.path.stat().st_size > 3.9 * 2**30
+    assert segment.allocated_bytes == 0
+    segment.resize(1)
+    assert segment.allocated_bytes <= SHAPE.num_bytes + PAGE
+
+
+def test_views_keep_the_memory_after_close_and_unlink(shm: Path) -> None:
+    segment = SharedSegment(shm / "layer-0.kv", shape=SHAPE, max_blocks=4, create=True)
+    segment.resize(2)
+    fill(segment)
+    view = segment.tensor
+    segment.close()
+    segment.close()
+    segment.unlink()
+    segment.unlink()
+    assert (view[1] == 2).all()
+
+
+def test_create_and_attach_check_the_file(shm: Path) -> None:
+    path = shm / "layer-0.kv"
+    with pytest.raises(FileNotFoundError):
+        SharedSegment(path, shape=SHAPE, max_blocks=4, create=False)
+    SharedSegment(path, shape=SHAPE, max_blocks=4, create=True)
+    with pytest.raises(FileExistsError):
+        SharedSegment(path, shape=SHAPE, max_blocks=4, create=True)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        SharedSegment(path, shape=SHAPE, max_blocks=5, create=False)
+    assert path.exists()
+
+
+def test_second_view_may_resize_too(shm: Path) -> None:
+    path = shm / "layer-0.kv"
+    first = SharedSegment(path, shape=SHAPE, max_blocks=16, create=True)
+    first.resize(8)
+    fill(first)
+    second = SharedSegment(path, shape=SHAPE, max_blocks=16, create=False)
+    second.resize(8)
+    assert_filled(second, 8)
+    second.tensor[3] = 99
+    assert (first.tensor[3] == 99).all()
+    second.resize(4)
+    first.resize(4)
+    assert first.allocated_bytes <= 4 * SHAPE.num_bytes + PAGE
+
+
+@pytest.fixture
+def tiny_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB of shared memory."""
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True)
+    if mount.returncode != 0:
+        pytest.skip("mounting a tmpfs takes root")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_full_shared_memory_is_an_error_with_numbers(tiny_tmpfs: Path) -> None:
+    segment = SharedSegment(tiny_tmpfs / "layer-0.kv", shape=SHAPE, max_blocks=1000, create=True)
+    segment.resize(20)
+    fill(segment)
+    before = segment.allocated_bytes
+    with pytest.raises(KVMemoryError, match=r"from 20 to 100 blocks: that takes 1\.9 MiB .* 0\.5 MiB are free"):
+        segment.resize(100)
+    assert segment.num_blocks == 20
+    assert segment.allocated_bytes == before, "the failed call must give back what it got"
+    assert_filled(segment, 20)
+    segment.resize(30)
+    assert free_bytes(tiny_tmpfs) == 2**20 - 30 * SHAPE.num_bytes
+
+
+def test_no_space_without_a_full_file_system(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment = SharedSegment(shm / "layer-0.kv", shape=SHAPE, max_blocks=8, create=True)
+
+    def refuse(fd: int, start: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(KVMemoryError, match="Lower the KV memory budget"):
+        segment.resize(8)
+    assert segment.num_blocks == 0
+
+
+def test_device_segment_without_room_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    segment = DeviceSegment(shape=SHAPE, max_blocks=64, device=torch.device("cpu"))
+    segment.resize(4)
+    fill(segment)
+
+    def refuse(*args: object, **kwargs: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch, "zeros", refuse)
+    with pytest.raises(KVMemoryError, match="cannot go from 4 to 40 blocks"):
+        segment.resize(40)
+    assert_filled(segment, 4)
+
+
+USER = """
+    import sys
+    from pathlib import Path
+
+    import torch
+
+    from flexpipe_serve.kv.domain import DomainFolder
+    from flexpipe_serve.kv.segment import BlockShape, SharedSegment
+
+    folder = DomainFolder("app", root=Path(sys.argv[1]))
+    shape = BlockShape(block_size=16, num_kv_heads=3, head_dim=64, dtype=torch.float32)
+    segment = None
+    print("ready", flush=True)
+    for line in sys.stdin:
+        match line.split():
+            case ["open", create, num_blocks]:
+                path = folder.segment_path(7)
+                segment = SharedSegment(path, shape=shape, max_blocks=100, create=create == "create")
+                segment.resize(int(num_blocks))
+            case ["write", value]:
+                segment.tensor[2] = float(value)
+            case ["read"]:
+                print(segment.tensor[2].min().item(), segment.tensor[2].max().item(), flush=True)
+                continue
+            case ["close"]:
+                folder.close()
+        print("ok", flush=True)
+"""
+
+
+class User:
+    """A process that uses the domain folder of ``app``."""
+
+    def __init__(self, root: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(USER), str(root)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._answer() == "ready"
+
+    def ask(self, command: str) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.communicate()
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+def test_kv_outlives_a_killed_process_until_the_last_one_dies(shm: Path) -> None:
+    first, second = User(shm), User(shm)
+    try:
+        first.ask("open create 10")
+        first.ask("write 42")
+        second.ask("open attach 10")
+        first.kill()
+        assert sweep_stale(root=shm) == [], "the second process still uses the folder"
+        assert second.ask("read") == "42.0 42.0"
+        third = User(shm)
+        third.ask("open attach 10")
+        third.ask("write 43")
+        assert second.ask("read") == "43.0 43.0"
+        third.kill()
+    finally:
+        first.kill()
+        second.kill()
+    (folder,) = shm.iterdir()
+    assert (folder / "layer-7.kv").stat().st_blocks * 512 == 10 * SHAPE.num_bytes
+    assert sweep_stale(root=shm) == [folder]
+    assert list(shm.iterdir()) == []
+    assert sweep_stale(root=shm) == []
+
+
+def test_last_user_out_removes_the_folder(shm: Path) -> None:
+    first, second = DomainFolder("app", root=shm), DomainFolder("app", root=shm)
+    assert first.path == second.path
+    SharedSegment(first.segment_path(0), shape=SHAPE, max_blocks=4, create=True)
+    first.close()
+    first.close()
+    assert second.path.exists()
+    with DomainFolder("another", root=shm) as other:
+        assert other.path != second.path
+    second.close()
+    assert list(shm.iterdir()) == []
+
+
+def test_users_that_come_and_go_at_once_never_meet_a_dead_folder(shm: Path) -> None:
+    errors: list[BaseException] = []
+
+    def use(number: int) -> None:
+        try:
+            for _ in range(200):
+                with DomainFolder("app", root=shm) as folder:
+                    mine = folder.path / f"file-{number}"
+                    mine.write_text("x")
+                    assert mine.exists()
+                    if number == 0:
+                        sweep_stale(root=shm)
+                    assert mine.read_text() == "x"
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert list(shm.iterdir()) == []
+
+
+def test_sweep_leaves_what_is_not_ours(shm: Path) -> None:
+    file = shm / f"flexpipe-{os.getuid()}-file"
+    file.write_text("")
+    foreign = shm / f"flexpipe-{os.getuid() + 1}-0123"
+    foreign.mkdir()
+    assert sweep_stale(root=shm) == []
+    assert file.exists()
+    assert foreign.exists()
+
+
+def test_folder_of_another_user_is_refused(shm: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("giving a folder to another user takes root")
+    with DomainFolder("app", root=shm) as folder:
+        path = folder.path
+    path.mkdir()
+    os.chown(path, 12345, -1)
+    with pytest.raises(PermissionError, match="belongs to user 12345"):
+        DomainFolder("app", root=shm)
+    assert sweep_stale(root=shm) == []
+
+
+def test_domain_needs_no_torch() -> None:
+    code = "import sys, flexpipe_serve.kv.domain; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
