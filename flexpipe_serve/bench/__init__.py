@@ -1,0 +1,1 @@
+"""Load generation and its reports. Talks to servers over HTTP only; imports no torch and no Ray."""
