@@ -31,6 +31,10 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text, in UTF-8; it may be a part of a character (``engine/token_bytes.py``)."""
+        ...
+
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[int]:
         """Token ids of the rendered conversation. Raises InvalidRequestError where the template refuses it."""
         ...
