@@ -1,0 +1,133 @@
+"""The configuration, checked at the edge: ``args`` need a restart, ``user_config`` changes live.
+
+Unknown keys are refused with the nearest known one; every field is described.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+
+from flexpipe_serve.errors import ConfigError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_nearest_key(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                    known = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}."
+                    raise ValueError(f"unknown key {key!r}; {known}")
+        return data
+
+
+class ModelConfig(_Strict):
+    """Which model, and how its weights are held."""
+
+    source: str = Field("demo", description="'demo', a folder with a Hugging Face checkpoint, or a hub id.")
+    name: str | None = Field(None, description="The model's name over HTTP; the source's last part by default.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Weights and KV. 'auto': float32 on the CPU, bfloat16 on CUDA."
+    )
+    max_model_len: int | None = Field(
+        None, ge=2, description="Longest prompt plus output, in tokens; the model's own limit by default."
+    )
+
+
+class KVConfig(_Strict):
+    """The paged KV cache."""
+
+    block_size: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens in a block. By default what the attention backend likes: 16, or 256 for flash_attn.",
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, description="Upper limit on the cache's size in tokens; the memory budget alone by default."
+    )
+    prefix_cache: bool = Field(True, description="Reuse the KV of common beginnings.")
+
+
+class SchedulerArgs(_Strict):
+    """Continuous batching."""
+
+    max_num_seqs: int = Field(64, ge=1, description="Sequences decoded at once.")
+    max_num_batched_tokens: int = Field(
+        512, ge=1, description="Token budget of a step: longer prompts are computed in chunks of at most this."
+    )
+
+
+class ServeArgs(_Strict):
+    """``args`` of the application: a change restarts it."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig, description="The model.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="'auto': CUDA where there is one.")
+    memory_budget: ByteSize | None = Field(
+        None,
+        description="Memory for weights, KV and processes in one domain (a node's RAM or one GPU), such as '4GiB'."
+        " By default 60 % of what is free on a CPU, 90 % of what is free on a GPU.",
+    )
+    kv: KVConfig = Field(default_factory=KVConfig, description="The KV cache.")
+    attention: Literal["auto", "torch", "flash_attn"] = Field(
+        "auto", description="Attention kernels. 'auto': flash_attn on CUDA where installed, else torch."
+    )
+    scheduler: SchedulerArgs = Field(default_factory=SchedulerArgs, description="Batching.")
+    api_keys: tuple[str, ...] = Field(
+        (),
+        description="Accepted bearer tokens; empty: no authentication. 'env:NAME' takes the key from the environment.",
+    )
+    orphan_timeout_s: float = Field(
+        30.0, ge=5.0, description="Stages end themselves when no Router has spoken to them for this long."
+    )
+
+
+class LayoutConfig(_Strict):
+    """The pipeline's split. One of the two."""
+
+    stages: int | None = Field(None, ge=1, description="Number of stages, with layers split evenly.")
+    boundaries: tuple[int, ...] | None = Field(None, description="First layer of each later stage, e.g. [10, 20].")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> LayoutConfig:
+        if (self.stages is None) == (self.boundaries is None):
+            raise ValueError("give either 'stages' or 'boundaries'.")
+        return self
+
+
+class LimitsConfig(_Strict):
+    """What the HTTP side accepts."""
+
+    max_waiting: int = Field(256, ge=1, description="Sequences waiting for their first step; more get a 429.")
+    max_body: ByteSize = Field(ByteSize(8 << 20), description="Largest request body, such as '8MiB'.")
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="Longest prompt; what the model and the KV can hold by default."
+    )
+
+
+class UserConfig(_Strict):
+    """``user_config`` of the Router deployment: ``serve deploy`` applies a change to the running replica."""
+
+    layout: LayoutConfig = Field(default_factory=lambda: LayoutConfig(stages=2), description="The split.")
+    limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Admission limits.")
+
+
+_Config = TypeVar("_Config", bound=_Strict)
+
+
+def parse(kind: type[_Config], data: dict[str, Any] | None) -> _Config:
+    """Validate a mapping from YAML. Raises ConfigError naming each bad key, its path and the remedy."""
+    try:
+        return kind.model_validate(data or {})
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            path = ".".join(str(part) for part in item["loc"]) or kind.__name__
+            lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}")
+        raise ConfigError("configuration: " + "; ".join(lines)) from None
