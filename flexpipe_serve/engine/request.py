@@ -118,11 +118,6 @@ class Sequence:
         )
 
     @property
-    def order(self) -> tuple[int, int, int]:
-        """Unique rank: who is smaller is admitted first and preempted last."""
-        return (self.priority, self.arrival, self.index)
-
-    @property
     def num_output_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
 
