@@ -1,0 +1,69 @@
+"""Request bodies: read with a bound, decoded with errors that name the field."""
+
+from __future__ import annotations
+
+import re
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from flexpipe_serve.deployments.errors import ApiError, shorten
+from flexpipe_serve.deployments.unsupported import drop_unsupported
+
+_LOCATION = re.compile(r"(?P<problem>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?", re.DOTALL)
+_FIELD = re.compile(r"Object (?P<problem>contains unknown|missing required) field `(?P<name>.*)`", re.DOTALL)
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+async def read_body(request: Request, *, max_bytes: int) -> bytes:
+    """The whole body. Raises ApiError (413) as soon as it is known to be longer than ``max_bytes``."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise _too_large(f"{declared} bytes", max_bytes)
+    chunks: list[bytes] = []
+    num_bytes = 0
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
+            raise _too_large(f"more than {max_bytes} bytes", max_bytes)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def decode(body: bytes, kind: type[_T]) -> _T:
+    """``body`` as ``kind``. Raises ApiError (400) that names the offending field."""
+    try:
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.ValidationError:
+            # Off the common path: perhaps a parameter that says nothing, such as "tools": [].
+            return msgspec.convert(drop_unsupported(msgspec.json.decode(body), kind), kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise _invalid_field(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ApiError(400, f"The body is not valid JSON: {error}.", code="invalid_json") from None
+    except RecursionError:
+        raise ApiError(400, "The body is nested too deeply.", code="invalid_json") from None
+
+
+def _too_large(seen: str, max_bytes: int) -> ApiError:
+    return ApiError(
+        413,
+        f"The body has {seen}; this server accepts at most {max_bytes} (limits.max_body). Send less at once.",
+        code="request_too_large",
+    )
+
+
+def _invalid_field(message: str) -> ApiError:
+    location = _LOCATION.fullmatch(message)
+    assert location is not None
+    problem, path = location["problem"], location["path"] or ""
+    field = _FIELD.fullmatch(problem)
+    if field is not None:
+        path = f"{path}.{field['name']}" if path else field["name"]
+        problem = "required" if field["problem"] == "missing required" else "unknown field"
+    where = shorten(path) or "The body"
+    problem = shorten(problem.replace("`", "'"))
+    return ApiError(400, f"{where}: {problem[:1].lower() + problem[1:]}.", param=shorten(path) or None)
