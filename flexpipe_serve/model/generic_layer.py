@@ -1,0 +1,113 @@
+"""transformers' own decoder layer with our paged attention inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from flexpipe_serve.errors import UnsupportedModelError
+from flexpipe_serve.kernels.linear import pack_linear
+from flexpipe_serve.model.layer import StepContext
+from flexpipe_serve.model.support import ExpertNames
+
+ATTENTION_NAME = "flexpipe_paged"
+
+
+def _paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    step: StepContext,
+    segment: torch.Tensor,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls; ``step`` and ``segment`` are passed through its layer untouched."""
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    out = step.attention.forward(q, k, v, kv=segment, plan=step.plan, scale=scaling)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _paged_attention)
+
+
+class _PackedLinear(nn.Module):
+    """Stands where transformers' layer has an ``nn.Linear``."""
+
+    def __init__(self, linear: nn.Linear, *, kind: str) -> None:
+        super().__init__()
+        bias = None if linear.bias is None else linear.bias.detach()
+        self._linear = pack_linear(linear.weight.detach(), bias, kind=kind)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._linear(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+
+
+class GenericLayer:
+    """One layer, computed by the module transformers has for it.
+
+    Args:
+        module: the decoder layer on the meta device; owned by this from now on.
+        tensors: the layer's checkpoint tensors by their names within the layer.
+        experts: how the checkpoint names experts; None for a dense model.
+        linear: kind of the linear maps (``flexpipe_serve.kernels.linear``).
+    """
+
+    def __init__(
+        self, module: nn.Module, tensors: Mapping[str, torch.Tensor], *, experts: ExpertNames | None, linear: str
+    ) -> None:
+        weights = dict(tensors) if experts is None else _stack_experts(tensors, experts)
+        missing, unexpected = module.load_state_dict(weights, strict=False, assign=True)
+        if missing or unexpected:
+            raise UnsupportedModelError(
+                f"The checkpoint's layer does not match {type(module).__name__}: "
+                f"missing {missing[:3]}, unexpected {unexpected[:3]}."
+            )
+        self.num_bytes = sum(weight.nbytes for weight in weights.values())
+        self._module = module.eval().requires_grad_(False)
+        for name, child in list(module.named_modules()):
+            if isinstance(child, nn.Linear):
+                parent = module.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], _PackedLinear(child, kind=linear))
+
+    @staticmethod
+    def prepare_rotary(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return cos, sin
+
+    def forward(self, hidden: torch.Tensor, context: StepContext, kv: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self._module(
+            hidden.unsqueeze(0), position_embeddings=context.rotary, attention_mask=None, step=context, segment=kv
+        )
+        return out.squeeze(0)
+
+
+def _stack_experts(tensors: Mapping[str, torch.Tensor], names: ExpertNames) -> dict[str, torch.Tensor]:
+    """Checkpoint tensors under the module's names, all experts' weights stacked in one tensor each."""
+    prefix = f"{names.checkpoint_prefix}.experts."
+    weights: dict[str, torch.Tensor] = {}
+    experts: dict[tuple[int, str], torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            index, _, part = name.removeprefix(prefix).partition(".")
+            experts[int(index), part.removesuffix(".weight")] = tensor
+        elif name.startswith(f"{names.checkpoint_prefix}."):
+            weights["mlp." + name.removeprefix(f"{names.checkpoint_prefix}.")] = tensor
+        else:
+            weights[name] = tensor
+    order = _expert_order(experts)
+    if order:
+        merged = [torch.cat((experts[i, names.gate], experts[i, names.up])) for i in order]
+        weights["mlp.experts.gate_up_proj"] = torch.stack(merged)
+        weights["mlp.experts.down_proj"] = torch.stack([experts[i, names.down] for i in order])
+    return weights
+
+
+def _expert_order(experts: Iterable[tuple[int, str]]) -> list[int]:
+    return sorted({index for index, _ in experts})

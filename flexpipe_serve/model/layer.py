@@ -1,0 +1,37 @@
+"""What a stage runs: the interface of one decoder layer, and what all layers of a step share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from flexpipe_serve.kernels.attention import AttentionBackend
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What all layers of one step share."""
+
+    rotary: Any
+    """Rotary embedding of the step's positions, as the layer class's ``prepare_rotary`` gives it."""
+    attention: AttentionBackend
+    plan: Any
+    """Of the attention backend."""
+
+
+class DecoderLayer(Protocol):
+    """One decoder layer with its weights."""
+
+    num_bytes: int
+    """Memory that its weights take."""
+
+    @staticmethod
+    def prepare_rotary(cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        """Turns transformers' rotary embedding, [1, num_tokens, rotary_dim] each, into what the layers use."""
+        ...
+
+    def forward(self, hidden: torch.Tensor, context: StepContext, kv: torch.Tensor) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden_size] after the layer; ``kv`` is the layer's segment."""
+        ...

@@ -1,0 +1,132 @@
+"""The linear maps of a layer, with their weights laid out for the machine.
+
+Three layouts, all of them torch's own. Which is fastest differs by machine, so it is measured
+(``flexpipe_serve.kernels.linear_choice``). All stages of a pipeline use the same one: then a layer computes the same
+bits on whichever stage it runs. ``onednn`` has one more virtue: the bits of a row do not depend on the number of
+threads, nor on which other rows are computed with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch.nn.functional import linear
+
+from flexpipe_serve.errors import ConfigError
+
+
+class Linear(Protocol):
+    """``y = x W^T + b`` for x of [num_tokens, in_features]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``residual + y``; ``residual`` is not changed."""
+        ...
+
+
+class PlainLinear:
+    """The weight as it is in the checkpoint, [out_features, in_features]."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight = weight
+        self._bias = bias
+        self._transposed = weight.t()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self._bias)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        out = torch.addmm(residual, x, self._transposed)
+        return out if self._bias is None else out.add_(self._bias)
+
+
+class TransposedLinear:
+    """The weight as [in_features, out_features]."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = weight.t().contiguous()
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._bias is None:
+            return torch.mm(x, self._weight)
+        return torch.addmm(self._bias, x, self._weight)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        out = torch.addmm(residual, x, self._weight)
+        return out if self._bias is None else out.add_(self._bias)
+
+
+class OneDnnLinear:
+    """The weight in the blocked layout of oneDNN (CPU only)."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
+        self._bias = bias
+        self._pad_single_row = not _row_alone_has_same_bits(weight.shape[0], weight.shape[1], weight.dtype)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._pad_single_row and x.shape[0] == 1:
+            return self(x.expand(2, -1))[:1]
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return out
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if self._pad_single_row and x.shape[0] == 1:
+            return self(x).add_(residual)
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
+        return out
+
+
+_KINDS: dict[str, Callable[[torch.Tensor, torch.Tensor | None], Linear]] = {
+    "plain": PlainLinear,
+    "transposed": TransposedLinear,
+    "onednn": OneDnnLinear,
+}
+
+
+def available_kinds(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Kinds of linear that work on the device, the one to prefer between equals first."""
+    if device.type != "cpu":
+        return ("plain",)
+    if dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return ("onednn", "transposed", "plain")
+    return ("plain", "transposed")
+
+
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, *, kind: str) -> Linear:
+    """A linear map of the given kind.
+
+    Args:
+        weight: [out_features, in_features], on its device; owned by the result from now on.
+        bias: [out_features].
+        kind: one of ``available_kinds`` of the weight's device.
+
+    Raises:
+        ConfigError: the kind does not work there.
+    """
+    kinds = available_kinds(weight.device, weight.dtype)
+    if kind not in kinds:
+        raise ConfigError(
+            f"linear kind {kind!r} does not work on {weight.device} in {weight.dtype}; use one of {', '.join(kinds)}."
+        )
+    return _KINDS[kind](weight, bias)
+
+
+@lru_cache
+def _row_alone_has_same_bits(out_features: int, in_features: int, dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes a single row as it computes the same row among others.
+
+    Where in_features is large (above 1,024 in oneDNN 3) it takes another kernel for one row, which sums in another
+    order.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, dtype=dtype, generator=generator)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+    x = torch.randn(2, in_features, dtype=dtype, generator=generator)
+    one, two = (torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "") for rows in (x[:1], x))
+    return torch.equal(one, two[:1])
