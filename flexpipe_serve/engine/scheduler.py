@@ -12,6 +12,7 @@ again. A sequence never takes blocks from one that ranks higher, so the highest 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from flexpipe_serve.engine.outputs import FinishReason
 from flexpipe_serve.engine.request import Sequence, SequenceEnd, SequenceUpdate
@@ -45,6 +46,15 @@ class Scheduler:
     def is_idle(self) -> bool:
         """True where no sequence is unfinished."""
         return len(self._pool) == 0
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences that wait or run."""
+        return len(self._pool)
+
+    def set_max_waiting(self, max_waiting: int) -> None:
+        """Change the bound of the queue; what waits already stays."""
+        self.config = replace(self.config, max_waiting=max_waiting)
 
     def add(self, *sequences: Sequence) -> None:
         """Queue the sequences of a request, all or none.
@@ -262,6 +272,9 @@ class Scheduler:
         end = None
         if chunk.sample_index is not None:
             token = tokens[chunk.sample_index]
+            if token < 0:  # no valid distribution in this row: its own sequence fails, and no other
+                self._pool.end(seq, SequenceEnd("error"), now=now)
+                return SequenceUpdate(sequence=seq, finished=True)
             new_token_ids = (token,)
             seq.tokens.append(token)
             if seq.first_token_time is None:

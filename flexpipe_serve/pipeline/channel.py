@@ -7,6 +7,7 @@ that hold the application's own key pair.
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from zmq.utils import z85
 from flexpipe_serve.pipeline.messages import Frame
 
 _COPY_BELOW = 16 * 1024  # smaller frames are cheaper to copy than to track
+_LINGER_MS = 1000  # what was sent before a rewiring still arrives
 _ZAP_DOMAIN = "flexpipe"
 
 
@@ -54,7 +56,7 @@ class Inbox(Protocol):
         ...
 
     def wake(self) -> None:
-        """Let a waiting ``receive`` return None. Only one other thread may call it."""
+        """Let a waiting ``receive`` return None. The one method that any thread may call."""
         ...
 
     def close(self) -> None: ...
@@ -88,6 +90,7 @@ class ZmqInbox:
         self._gate: _CurveGate | None = None
         tcp = self._listen_on_tcp(keys) if keys is not None else ""
         self.endpoint = Endpoint(node=node, ipc=ipc, tcp=tcp)
+        self._wake_lock = threading.Lock()
         self._wake_in = self._context.socket(zmq.PAIR)
         self._wake_out = self._context.socket(zmq.PAIR)
         self._wake_in.bind("inproc://wake")
@@ -95,7 +98,7 @@ class ZmqInbox:
         self._poller.register(self._wake_in, zmq.POLLIN)
 
     def receive(self, timeout_s: float) -> Sequence[Frame] | None:
-        while ready := dict(self._poller.poll(timeout_s * 1000)):
+        while ready := dict(self._poller.poll(int(timeout_s * 1000))):
             if self._wake_in in ready:
                 while self._wake_in.poll(0):
                     self._wake_in.recv()
@@ -109,10 +112,13 @@ class ZmqInbox:
         return None
 
     def wake(self) -> None:
-        self._wake_out.send(b"")
+        with self._wake_lock:
+            if not self._wake_out.closed:
+                self._wake_out.send(b"")
 
     def close(self) -> None:
-        self._context.destroy(linger=0)
+        with self._wake_lock:
+            self._context.destroy(linger=0)
         self._path.unlink(missing_ok=True)
 
     def _pull_socket(self) -> zmq.Socket[bytes]:
@@ -163,10 +169,9 @@ class ZmqOutlet:
     """
 
     def __init__(self, endpoint: Endpoint, *, node: str, keys: CurveKeys | None = None) -> None:
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PUSH)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.set_hwm(0)
-        self._socket.linger = 0
+        self._socket.linger = _LINGER_MS
         self._socket.copy_threshold = _COPY_BELOW
         if endpoint.node == node:
             self._socket.connect(endpoint.ipc)
@@ -182,7 +187,7 @@ class ZmqOutlet:
         self._socket.send_multipart(frames, copy=False)
 
     def close(self) -> None:
-        self._context.destroy(linger=0)
+        self._socket.close()
 
 
 def own_address() -> str:

@@ -102,4 +102,4 @@ def make_layout(*, num_layers: int, boundaries: Sequence[int], stages: Sequence[
                 f"boundary {boundary} must lie between 1 and {num_layers - 1} (the model has {num_layers} layers)."
             )
     names = stages if stages is not None else [stage_name(i) for i in range(len(edges) - 1)]
-    return Layout(tuple(StageSlice(n, a, b) for n, a, b in zip(names, edges, edges[1:], strict=True)))
+    return Layout(tuple(StageSlice(n, a, b) for n, a, b in zip(names, edges[:-1], edges[1:], strict=True)))

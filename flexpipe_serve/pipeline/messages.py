@@ -163,3 +163,9 @@ def decode_step(header: StepHeader, buffers: Sequence[Frame]) -> StepBatch:
         histories=histories,
         targets=targets,
     )
+
+
+def decode_tokens(frame: Frame) -> list[int]:
+    """The sampled tokens of a result."""
+    tokens: list[int] = np.frombuffer(frame, np.int32).tolist()
+    return tokens

@@ -1,0 +1,163 @@
+"""The Serve application: one Router deployment, HTTP ingress and engine in the same replica."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from typing import Any
+
+import ray
+from ray import serve
+from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_get, _internal_kv_put
+
+from flexpipe_serve.config import ServeArgs, UserConfig, parse
+from flexpipe_serve.deployments.api import create_app
+from flexpipe_serve.deployments.limits import HttpLimits
+from flexpipe_serve.engine.assemble import build_engine, layout_of, model_name
+from flexpipe_serve.engine.engine import Engine
+from flexpipe_serve.errors import ConfigError, EngineUnavailableError
+from flexpipe_serve.kv.domain import sweep_stale
+from flexpipe_serve.metrics import EngineMetrics
+from flexpipe_serve.model.source import ModelSpec
+from flexpipe_serve.pipeline.channel import CurveKeys
+from flexpipe_serve.pipeline.ray_host import RayStageHost
+
+logger = logging.getLogger(__name__)
+_SWITCH_INTERVAL_S = 0.0005
+"""Of Python's threads: the engine thread must not wait 5 ms (the default) for the event loop to let go."""
+
+
+@serve.deployment(
+    name="Router",
+    num_replicas=1,
+    max_ongoing_requests=10_000,  # the scheduler's own queue is the bound: it answers 429
+    graceful_shutdown_timeout_s=15,
+    graceful_shutdown_wait_loop_s=1,
+    health_check_period_s=2,
+    user_config={},
+)
+@serve.ingress()
+class Router:
+    """Takes HTTP requests, schedules, and drives the stages.
+
+    Args:
+        args: the application's ``args``, a ServeArgs as a mapping.
+    """
+
+    def __init__(self, args: dict[str, Any]) -> None:
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        self._args = parse(ServeArgs, args)
+        self._api_keys = _resolve_keys(self._args.api_keys)
+        self._engine: Engine | None = None
+        self._spec: ModelSpec | None = None
+        self._user_config = UserConfig()
+        self._config_error: str | None = None
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return create_app(self._get_engine, get_limits=self._get_limits, api_keys=self._api_keys)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take a ``user_config``: at the start it brings the pipeline up, later it changes what differs.
+
+        A later one that is wrong is refused in the log and in ``/flexpipe/status``; the replica goes on as it was.
+        """
+        if self._engine is None:
+            config = parse(UserConfig, user_config)
+            await asyncio.to_thread(self._start, config)
+            self._user_config = config
+            return
+        try:
+            config = parse(UserConfig, user_config)
+            self._change(config)
+        except ConfigError as error:
+            logger.error("user_config refused, the former one stays: %s", error)
+            self._config_error = str(error)
+            return
+        self._user_config = config
+        self._config_error = None
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica when this raises; a lost stage is no reason, the engine replaces that itself."""
+        if self._engine is not None:
+            self._engine.check_alive()
+
+    def __del__(self) -> None:
+        if self._engine is not None:
+            self._engine.stop()
+
+    def _start(self, config: UserConfig) -> None:
+        context = serve.get_replica_context()
+        sweep_stale()
+        device = self._args.device
+        if device == "auto":
+            device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+        engine, spec = build_engine(
+            self._args,
+            host=RayStageHost(context.app_name),
+            domain_key=f"{ray.get_runtime_context().gcs_address}/{context.app_name}",
+            device=device,
+            num_cores=len(os.sched_getaffinity(0)),
+            metrics=EngineMetrics(app=context.app_name, model=model_name(self._args)),
+            limits=config.limits,
+            keys=_curve_keys(context.app_name),
+        )
+        engine.start(layout_of(config.layout, num_layers=spec.num_layers))
+        self._engine, self._spec = engine, spec
+
+    def _change(self, config: UserConfig) -> None:
+        assert self._engine is not None
+        assert self._spec is not None
+        layout = layout_of(config.layout, num_layers=self._spec.num_layers)
+        if config.limits != self._user_config.limits:
+            self._engine.set_max_waiting(config.limits.max_waiting)
+        if layout != self._engine.layout:
+            self._engine.set_layout(layout)
+
+    def _get_engine(self) -> Engine:
+        if self._engine is None:
+            raise EngineUnavailableError("The model is still being loaded.")
+        return self._engine
+
+    def _get_limits(self) -> HttpLimits:
+        limits = self._user_config.limits
+        return HttpLimits(max_body_bytes=limits.max_body, max_prompt_tokens=limits.max_prompt_tokens)
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application of ``import_path: flexpipe_serve.deployments.app:build``.
+
+    Raises:
+        ConfigError: ``args`` are wrong; nothing is started.
+    """
+    parse(ServeArgs, args)
+    return Router.bind(args)
+
+
+def _resolve_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """API keys, with ``env:NAME`` replaced by the environment's value."""
+    resolved = []
+    for key in keys:
+        if key.startswith("env:"):
+            value = os.environ.get(key[4:], "")
+            if not value:
+                raise ConfigError(f"api_keys names {key!r}, but the environment variable {key[4:]!r} is not set.")
+            key = value
+        resolved.append(key)
+    return tuple(resolved)
+
+
+def _curve_keys(app: str) -> CurveKeys | None:
+    """The application's keys for tcp, kept in the cluster so that a new Router can reach the stages of the former.
+
+    None on a single node: nothing listens on the network there.
+    """
+    if sum(node["Alive"] for node in ray.nodes()) < 2:
+        return None
+    name = f"flexpipe:{app}:curve".encode()
+    if not _internal_kv_exists(name):
+        keys = CurveKeys.generate()
+        _internal_kv_put(name, f"{keys.public} {keys.secret}".encode(), overwrite=False)
+    public, secret = _internal_kv_get(name).decode().split()
+    return CurveKeys(public, secret)

@@ -1,0 +1,28 @@
+"""The console command ``flexpipe``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from flexpipe_serve import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand. Returns the exit status."""
+    from flexpipe_serve import launch
+    from flexpipe_serve.bench import serve as bench_serve
+
+    parser = argparse.ArgumentParser(prog="flexpipe", description="Serve a model through a live pipeline.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="start Ray, Serve and the application; Ctrl-C ends all of it")
+    launch.add_arguments(serve)
+    serve.set_defaults(run=launch.main)
+    bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
+    load = bench.add_parser("serve", help="load on one or several OpenAI endpoints")
+    bench_serve.add_arguments(load)
+    load.set_defaults(run=bench_serve.main)
+    args = parser.parse_args(argv)
+    status: int = args.run(args)
+    return status

@@ -1,0 +1,127 @@
+"""From a configuration to an engine: resolves the model, and what depends on the device."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+
+import psutil
+
+from flexpipe_serve.config import LayoutConfig, LimitsConfig, ServeArgs
+from flexpipe_serve.engine.client import ModelCard
+from flexpipe_serve.engine.engine import Engine, OnLost
+from flexpipe_serve.engine.scheduler_config import SchedulerConfig
+from flexpipe_serve.errors import ConfigError
+from flexpipe_serve.metrics import EngineMetrics
+from flexpipe_serve.model.linear_choice import linear_kind
+from flexpipe_serve.model.source import ModelSpec, load_spec, resolve_source
+from flexpipe_serve.model.tokenizer import ModelTokenizer
+from flexpipe_serve.pipeline.channel import CurveKeys
+from flexpipe_serve.pipeline.layout import Layout, even_boundaries, make_layout
+from flexpipe_serve.pipeline.pipeline import KVBudget, Pipeline
+from flexpipe_serve.pipeline.stage_types import StageHost, StageSetup
+
+CPU_BLOCK_SIZE = 16
+FLASH_BLOCK_SIZE = 256
+
+
+def model_name(args: ServeArgs) -> str:
+    """The model's name over HTTP."""
+    if args.model.name:
+        return args.model.name
+    return "smollm2-135m-instruct" if args.model.source == "demo" else Path(args.model.source).name
+
+
+def layout_of(config: LayoutConfig, *, num_layers: int) -> Layout:
+    """The layout that a configuration asks for. Raises ConfigError where the model cannot be cut like that."""
+    if config.boundaries is not None:
+        return make_layout(num_layers=num_layers, boundaries=config.boundaries)
+    assert config.stages is not None
+    return make_layout(
+        num_layers=num_layers, boundaries=even_boundaries(num_layers=num_layers, num_stages=config.stages)
+    )
+
+
+def build_engine(
+    args: ServeArgs,
+    *,
+    host: StageHost,
+    domain_key: str,
+    device: str,
+    num_cores: int,
+    metrics: EngineMetrics,
+    limits: LimitsConfig,
+    keys: CurveKeys | None = None,
+) -> tuple[Engine, ModelSpec]:
+    """The engine that ``args`` describe, not started yet.
+
+    Args:
+        host: where stages run.
+        domain_key: names the application on its nodes.
+        device: 'cpu' or 'cuda'.
+        keys: for tcp between nodes; without, stages are reached on this node only.
+
+    Raises:
+        ConfigError, UnsupportedModelError: what cannot be served, and why.
+    """
+    path = resolve_source(args.model.source)
+    spec = load_spec(path, max_model_len=args.model.max_model_len)
+    dtype = args.model.dtype if args.model.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
+    attention = _attention(args.attention, device)
+    block_size = args.kv.block_size or (FLASH_BLOCK_SIZE if attention == "flash_attn" else CPU_BLOCK_SIZE)
+    block_bytes = block_size * spec.kv_bytes_per_token(dtype)
+    setup = StageSetup(
+        name="",
+        domain_key=domain_key,
+        model_path=str(path),
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        linear=linear_kind(spec, dtype=dtype, device=device),
+        block_size=block_size,
+        max_blocks=psutil.virtual_memory().total // block_bytes,
+        num_work_tokens=args.scheduler.max_num_batched_tokens,
+        orphan_timeout_s=args.orphan_timeout_s,
+        keys=keys,
+    )
+    budget = KVBudget(
+        budget_bytes=args.memory_budget,
+        block_bytes=block_bytes,
+        max_blocks=None if args.kv.max_tokens is None else -(-args.kv.max_tokens // block_size),
+    )
+
+    def make_pipeline(on_lost: OnLost) -> Pipeline:
+        return Pipeline(host, setup=setup, budget=budget, on_lost=on_lost, keys=keys)
+
+    engine = Engine(
+        make_pipeline,
+        model=ModelCard(
+            name=model_name(args),
+            created=int(time.time()),
+            max_model_len=spec.max_model_len,
+            vocab_size=spec.vocab_size,
+            eos_token_ids=spec.eos_token_ids,
+        ),
+        tokenizer=ModelTokenizer(path),
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=args.scheduler.max_num_seqs,
+            max_num_batched_tokens=args.scheduler.max_num_batched_tokens,
+            max_waiting=limits.max_waiting,
+            max_model_len=spec.max_model_len,
+            prefix_cache=args.kv.prefix_cache,
+        ),
+        block_size=block_size,
+        metrics=metrics,
+        num_cores=num_cores,
+        sign_of_life_s=min(2.0, args.orphan_timeout_s / 5),
+    )
+    return engine, spec
+
+
+def _attention(name: str, device: str) -> str:
+    if name == "flash_attn" and device != "cuda":
+        raise ConfigError(f"attention is 'flash_attn', but the device is {device!r}; use 'auto' or 'torch'.")
+    if name == "auto":
+        return "flash_attn" if device == "cuda" and importlib.util.find_spec("flash_attn") else "torch"
+    return name

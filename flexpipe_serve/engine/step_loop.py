@@ -1,0 +1,255 @@
+"""The engine thread: schedules steps, sends them, takes results, tells the clients.
+
+The scheduler belongs to this thread alone, so every decision about a sequence (admission, abort, its end) is taken
+in one place, between two steps. Others speak to it by commands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
+
+from flexpipe_serve.engine.outputs import SequenceOutput
+from flexpipe_serve.engine.request import Sequence as EngineSequence
+from flexpipe_serve.engine.request import SequenceUpdate
+from flexpipe_serve.engine.scheduler import Scheduler
+from flexpipe_serve.engine.stream import RequestStream
+from flexpipe_serve.metrics import EngineMetrics
+from flexpipe_serve.pipeline.messages import (
+    FailureHeader,
+    Frame,
+    ResultHeader,
+    StepBatch,
+    decode_header,
+    decode_tokens,
+)
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_IDLE_WAIT_S = 1.0
+_MAX_STEP_FAILURES = 2
+
+
+class StepLink(Protocol):
+    """The data side of a pipeline."""
+
+    epoch: int
+
+    def send(self, batch: StepBatch) -> None: ...
+
+    def receive(self, timeout_s: float) -> Sequence[Frame] | None: ...
+
+    def wake(self) -> None: ...
+
+
+class StepLoop:
+    """Runs the scheduler against a pipeline.
+
+    Args:
+        num_cores: CPU cores the stages share; each step says how many threads a stage may use of them.
+    """
+
+    def __init__(self, link: StepLink, scheduler: Scheduler, metrics: EngineMetrics, *, num_cores: int) -> None:
+        self.scheduler = scheduler
+        self._link = link
+        self._metrics = metrics
+        self._num_cores = num_cores
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="flexpipe-engine", daemon=True)
+        # The thread's own.
+        self._streams: dict[str, RequestStream] = {}
+        self._num_stages = 0
+        self._next_step = 1
+        self._sent_at: dict[int, float] = {}
+        self._outputs: list[tuple[RequestStream, SequenceOutput]] = []
+
+    # ------------------------------------------------------------------ for other threads
+
+    def start(self) -> None:
+        """Begin; no step is sent before :meth:`resume`."""
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def stop(self, reason: str) -> None:
+        """End every request with ``reason`` as its error, and the thread."""
+        if self._thread.is_alive():
+            self.call(lambda: self._end_all(reason)).result()
+            self._stopping.set()
+            self._link.wake()
+            self._thread.join()
+
+    def call(self, command: Callable[[], _T]) -> Future[_T]:
+        """Run ``command`` in the engine thread, between two steps."""
+        future: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(command())
+            except Exception as error:  # thread edge: the caller gets it
+                future.set_exception(error)
+
+        self._commands.put(run)
+        self._link.wake()
+        return future
+
+    def add(self, stream: RequestStream) -> Future[None]:
+        """Queue a request. Fails with what Scheduler.add raises."""
+
+        def add() -> None:
+            self.scheduler.add(*stream.sequences)
+            self._streams[stream.request_id] = stream
+
+        return self.call(add)
+
+    def abort(self, stream: RequestStream) -> Future[None]:
+        """End a request whose client is gone; harmless if it is over already."""
+
+        def abort() -> None:
+            if self._streams.get(stream.request_id) is stream:
+                for seq in self.scheduler.abort(stream.request_id, now=time.monotonic()):
+                    self._end(seq)
+
+        return self.call(abort)
+
+    def pause(self) -> Future[None]:
+        """Send no more steps; those in flight are void once :meth:`resume` says how the pipeline goes on."""
+
+        def pause() -> None:
+            self._num_stages = 0
+
+        return self.call(pause)
+
+    def resume(self, *, num_stages: int, num_blocks: int) -> Future[None]:
+        """Go on with a pipeline whose KV is empty: running sequences are replayed from their tokens."""
+
+        def resume() -> None:
+            self._sent_at.clear()
+            self._num_stages = num_stages
+            for seq in self.scheduler.reset(num_blocks, now=time.monotonic()):
+                self._end(seq)
+
+        return self.call(resume)
+
+    # ------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._take_commands()
+                self._fill_pipeline()
+                self._deliver()
+                frames = self._link.receive(_IDLE_WAIT_S)
+                if frames is not None:
+                    self._take(frames)
+                self._metrics.flush(time.monotonic())
+            except Exception:  # thread edge: one bad message must not end all requests
+                logger.exception("the engine loop caught an error")
+        self._deliver()
+
+    def _take_commands(self) -> None:
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _fill_pipeline(self) -> None:
+        """As many steps in flight as stages; a sequence is in one at most."""
+        while len(self._sent_at) < self._num_stages:
+            batch = self.scheduler.schedule(
+                step=self._next_step,
+                epoch=self._link.epoch,
+                num_stages=self._num_stages,
+                now=time.monotonic(),
+                num_threads=self._threads_per_stage(),
+            )
+            if batch is None:
+                return
+            self._sent_at[self._next_step] = time.monotonic()
+            self._next_step += 1
+            self._link.send(batch)
+
+    def _threads_per_stage(self) -> int:
+        """Stages that compute at the same time share the cores; one that computes alone has them all."""
+        num_busy = min(self._num_stages, self.scheduler.num_unfinished)
+        return max(1, self._num_cores // max(1, num_busy))
+
+    def _take(self, frames: Sequence[Frame]) -> None:
+        header = decode_header(frames[0])
+        if header.epoch != self._link.epoch or header.step not in self._sent_at:
+            return  # of a void step
+        now = time.monotonic()
+        step_seconds = now - self._sent_at.pop(header.step)
+        if isinstance(header, ResultHeader):
+            tokens = decode_tokens(frames[1])
+            updates = self.scheduler.complete(header.step, tokens, now=now)
+            self._metrics.on_step(step_seconds, header.stage_seconds, num_tokens=len(tokens))
+            for update in updates:
+                self._take_update(update, header, now)
+        elif isinstance(header, FailureHeader):
+            logger.error("step %d failed on %s: %s", header.step, header.stage, header.message)
+            self._take_failure(header, now)
+
+    def _take_update(self, update: SequenceUpdate, header: ResultHeader, now: float) -> None:
+        seq = update.sequence
+        stream = self._streams[seq.request_id]
+        text = stream.texts[seq.index]
+        output, stop = text.push(update, header)
+        if stop is not None and not update.finished:
+            self.scheduler.finish(seq, "stop", stop, now=now)
+        if output is not None:
+            self._put(stream, output, seq)
+
+    def _take_failure(self, header: FailureHeader, now: float) -> None:
+        for update in self.scheduler.fail_step(header.step, now=now):
+            seq = update.sequence
+            if update.finished:
+                self._end(seq)
+            elif seq.num_failed_steps >= _MAX_STEP_FAILURES:
+                self.scheduler.finish(seq, "error", now=now)
+                self._end(seq, error=f"computing it failed on {header.stage}: {header.message}")
+
+    def _end(self, seq: EngineSequence, error: str | None = None) -> None:
+        """Tell the client of a sequence that ended outside a step's result."""
+        stream = self._streams[seq.request_id]
+        self._put(stream, stream.texts[seq.index].end(error), seq)
+
+    def _end_all(self, reason: str) -> None:
+        for stream in list(self._streams.values()):
+            for seq in stream.sequences:
+                if not stream.texts[seq.index].is_over:
+                    self.scheduler.finish(seq, "error", now=time.monotonic())
+                    self._end(seq, error=reason)
+
+    def _put(self, stream: RequestStream, output: SequenceOutput, seq: EngineSequence) -> None:
+        self._outputs.append((stream, output))
+        if output.finish_reason is not None:
+            self._metrics.on_sequence_finished(seq, output.finish_reason)
+            if all(text.is_over for text in stream.texts.values()):
+                del self._streams[stream.request_id]
+
+    def _deliver(self) -> None:
+        """One call into each event loop for all outputs of a step."""
+        if not self._outputs:
+            return
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, SequenceOutput]]] = defaultdict(list)
+        for item in self._outputs:
+            by_loop[item[0].loop].append(item)
+        self._outputs = []
+        for loop, items in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_deliver_all, items)
+
+
+def _deliver_all(items: list[tuple[RequestStream, SequenceOutput]]) -> None:
+    for stream, output in items:
+        stream.deliver(output)
