@@ -95,7 +95,10 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.has_aborted = threading.Event()
         """Set at each abort; a thread other than the engine's may wait for it."""
+        self.num_held = 0
+        """Requests that wait at the gate."""
         self._num_running = 0
+        self._held = asyncio.Condition()
         self._reply_ids = self.tokenizer.encode(reply)
 
     def status(self) -> dict[str, Any]:
@@ -139,8 +142,17 @@ class FakeEngine:
                 self.aborted.append(request_id)
                 self.has_aborted.set()
 
+    async def holds(self, num_requests: int) -> None:
+        """Returns when this many requests have come to wait at the gate."""
+        async with self._held:
+            await self._held.wait_for(lambda: self.num_held >= num_requests)
+
     async def _pace(self) -> None:
         if self.gate is not None:
+            if self.gate.locked():
+                async with self._held:
+                    self.num_held += 1
+                    self._held.notify_all()
             await self.gate.acquire()
         await asyncio.sleep(self.token_delay_s)
 
