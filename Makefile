@@ -1,0 +1,36 @@
+# make serve  - the demo model at http://127.0.0.1:8000/v1 (PORT=8123 for another port); Ctrl-C ends all of it
+# make test   - what CI runs
+
+PORT ?= 8000
+CONFIG ?= serve_config.yaml
+VENV ?= .venv
+PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v))) python3)
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+SHELL = /bin/bash
+
+.PHONY: serve test lint unit clean
+
+serve: $(VENV)/.serve
+	@exec $(VENV)/bin/flexpipe serve $(CONFIG) --port $(PORT)
+
+test: lint unit
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+unit: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -m "not gpu"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.serve: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --progress-bar on --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.serve
+	$(PIP) install --quiet --progress-bar on --constraint constraints.txt --editable ".[dev]"
+	touch $@
