@@ -90,11 +90,19 @@ def print_report(waves: Sequence[Wave], console: Console) -> None:
 
 
 def _throughput_table(grouped: dict[str, tuple[Summary, list[Summary]]]) -> Table:
-    table = Table(title="Throughput: median [range] over rounds", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title="Throughput: median \\[range] over rounds", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("target")
-    for heading in ("rounds", "requests", "errors", "output tokens/s", "requests/s", "TTFT p50 ms", "TPOT p50 ms"):
+    for heading in (
+        "rounds",
+        "requests",
+        "errors",
+        "output\ntokens/s",
+        "requests\n/s",
+        "TTFT p50\nms",
+        "TPOT p50\nms",
+        "client CPU\nµs/token",
+    ):
         table.add_column(heading, justify="right")
-    table.add_column("client µs/token", justify="right")
     for name, (summary, rounds) in grouped.items():
         cpu_us = summary.client_cpu_us_per_token
         table.add_row(

@@ -22,6 +22,7 @@ from flexpipe_serve.bench.prompts import PromptBuilder
 from flexpipe_serve.bench.report import print_report, to_json
 from flexpipe_serve.bench.wave import Wave, run_wave
 from flexpipe_serve.errors import ConfigError
+from flexpipe_serve.model.demo import ensure_demo
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--model", help="model name to ask for (default: the first of each server's /v1/models)")
     where.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
-    where.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER", help="folder with tokenizer.json")
+    where.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="holds tokenizer.json (default: the demo model)"
+    )
     where.add_argument("--prompt-ids", action="store_true", help="send prompts as token ids instead of text")
     where.add_argument(
         "--extra-body", type=json.loads, default={}, metavar="JSON", help="more request fields; null removes a field"
@@ -81,10 +84,12 @@ def main(args: argparse.Namespace) -> int:
     """
     _check(args)
     console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a log file need not fold tables to 80 columns
     targets = [_target(text, args) for text in args.url or [_DEFAULT_URL]]
     if len({target.name for target in targets}) < len(targets):
         raise ConfigError("two servers have the same name; give each its own, as in --url a=http://...")
-    prompts = PromptBuilder(args.tokenizer)
+    prompts = PromptBuilder(args.tokenizer or ensure_demo())
     _allow_many_connections()
     num_requests = len(workload(args, round_index=0))
     with Progress(

@@ -147,7 +147,7 @@ def read_completion(arrivals: Iterable[tuple[float, bytes]]) -> Completion:
                     done = True
                     continue
                 message = json.loads(event)
-                if "error" in message:
+                if message.get("error"):
                     raise StreamError(f"error in the stream: {_error_text(message)}")
                 usage = message.get("usage") or usage
                 for choice in message.get("choices", []):
