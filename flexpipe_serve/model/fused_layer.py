@@ -5,7 +5,8 @@ Covers Llama, Mistral, Qwen2 (biases), Qwen3 (norms of queries and keys) and Phi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ class FusedLayer:
         self._head_dim = head_dim
         self._scale = head_dim**-0.5
         self._eps = eps
-        weights = dict(tensors)
+        weights = _Weights(tensors)
         _merge(weights, into="self_attn.qkv_proj", parts=[f"self_attn.{name}_proj" for name in "qkv"])
         _merge(weights, into="mlp.gate_up_proj", parts=["mlp.gate_proj", "mlp.up_proj"])
 
@@ -96,7 +97,16 @@ class FusedLayer:
         return self._down.add_to(hidden, swiglu(gate_up))
 
 
-def _merge(weights: MutableMapping[str, torch.Tensor], *, into: str, parts: Sequence[str]) -> None:
+class _Weights(dict[str, torch.Tensor]):
+    """The layer's tensors; each is taken out as it finds its place."""
+
+    def pop(self, name: str, *default: Any) -> Any:
+        if name not in self and not default:
+            raise UnsupportedModelError(f"The checkpoint's layer has no weight {name}.")
+        return super().pop(name, *default)
+
+
+def _merge(weights: _Weights, *, into: str, parts: Sequence[str]) -> None:
     """Stack the parts' rows under one name, unless the checkpoint has them merged."""
     for kind in ("weight", "bias"):
         if f"{parts[0]}.{kind}" in weights:

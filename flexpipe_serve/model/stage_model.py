@@ -12,6 +12,7 @@ from torch.nn.functional import embedding
 from flexpipe_serve.kernels.attention import AttentionBackend
 from flexpipe_serve.kernels.linear import Linear, pack_linear
 from flexpipe_serve.model.checkpoint import Checkpoint
+from flexpipe_serve.model.freed_memory import return_freed_memory
 from flexpipe_serve.model.fused_layer import FusedLayer
 from flexpipe_serve.model.generic_layer import GenericLayer
 from flexpipe_serve.model.layer import DecoderLayer, StepContext
@@ -81,6 +82,7 @@ class StageModel:
         for layer in layers:
             if layer not in self._layers:
                 self.load_layer(layer)
+        return_freed_memory()
 
     def load_layer(self, layer: int) -> None:
         """Read one layer's weights; it takes part from the next forward on."""

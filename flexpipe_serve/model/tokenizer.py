@@ -41,7 +41,7 @@ class ModelTokenizer:
             )
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # noqa: BLE001 (the library raises nothing more precise)
+        except Exception as error:
             raise ConfigError(f"{file} cannot be read: {error}") from error
         # A file may carry the truncation and padding of its training; neither has a place in serving.
         self.backend.no_truncation()

@@ -1,0 +1,169 @@
+"""What a stage holds, and that layers come and go in a live one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import CPU, Pipeline, make_checkpoint, make_pipeline, reference_logits
+from transformers import PreTrainedModel
+
+from flexpipe_serve.errors import UnsupportedModelError
+from flexpipe_serve.kernels.linear import available_kinds
+from flexpipe_serve.kernels.torch_attention import TorchAttention
+from flexpipe_serve.model.checkpoint import Checkpoint
+from flexpipe_serve.model.source import load_spec
+from flexpipe_serve.model.stage_model import StageModel
+
+TOKENS = [9, 4, 77, 23, 5, 61]
+
+
+def shard(folder: Path) -> None:
+    """Replace the checkpoint by one whose every tensor is a file of its own."""
+    import json
+
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = {name: f"{number:03}.safetensors" for number, name in enumerate(tensors)}
+    for name, file in names.items():
+        save_file({name: tensors[name]}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+@pytest.fixture(scope="module", params=["llama", "llama-tied", "qwen3_moe"])
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, PreTrainedModel]:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = make_checkpoint(folder, request.param)
+    shard(folder)
+    return folder, model
+
+
+def make_stage(folder: Path, layers: range, *, is_first: bool, is_last: bool, linear: str = "plain") -> StageModel:
+    return StageModel(
+        load_spec(folder),
+        layers=layers,
+        is_first=is_first,
+        is_last=is_last,
+        device=CPU,
+        dtype=torch.float32,
+        attention=TorchAttention(dtype=torch.float32),
+        linear=linear,
+    )
+
+
+def test_a_stage_holds_its_part(checkpoint: tuple[Path, PreTrainedModel]) -> None:
+    folder, _ = checkpoint
+    spec = load_spec(folder)
+    layers = [spec.layer_bytes(layer, "float32") for layer in range(4)]
+    middle = make_stage(folder, range(1, 3), is_first=False, is_last=False)
+    assert middle.layers == (1, 2)
+    assert middle.weights_bytes == layers[1] + layers[2]
+    first = make_stage(folder, range(1), is_first=True, is_last=False)
+    assert first.weights_bytes == layers[0] + spec.embedding_bytes("float32")
+    last = make_stage(folder, range(3, 4), is_first=False, is_last=True)
+    assert last.weights_bytes == layers[3] + spec.head_bytes("float32")
+
+
+def test_single_stage_shares_a_tied_matrix_unless_packed(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama-tied")
+    spec = load_spec(tmp_path)
+    layers = sum(spec.layer_bytes(layer, "float32") for layer in range(4))
+    plain = make_stage(tmp_path, range(4), is_first=True, is_last=True)
+    assert plain.weights_bytes == layers + spec.head_bytes("float32")
+    packed = make_stage(tmp_path, range(4), is_first=True, is_last=True, linear="transposed")
+    assert packed.weights_bytes == layers + spec.head_bytes("float32") + spec.embedding_bytes("float32")
+
+
+def test_only_the_shards_of_the_stage_are_read(
+    checkpoint: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = checkpoint
+    read: list[str] = []
+    original = Checkpoint.read
+
+    def spy(self: Checkpoint, names: object, **kwargs: object) -> object:
+        names = list(names)  # type: ignore[call-overload]
+        read.extend(names)
+        return original(self, names, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Checkpoint, "read", spy)
+    make_stage(folder, range(2, 3), is_first=False, is_last=False)
+    assert read
+    assert all(name.startswith("model.layers.2.") for name in read)
+
+
+@pytest.mark.parametrize("linear", available_kinds(CPU, torch.float32))
+def test_layers_move_between_live_stages(checkpoint: tuple[Path, PreTrainedModel], linear: str) -> None:
+    folder, model = checkpoint
+    first = make_stage(folder, range(1), is_first=True, is_last=False, linear=linear)
+    last = make_stage(folder, range(1, 4), is_first=False, is_last=True, linear=linear)
+    expected = reference_logits(model, TOKENS)
+    (before,) = Pipeline(load_spec(folder), [first, last]).step([(0, TOKENS)])
+    torch.testing.assert_close(before, expected, atol=1e-4, rtol=0)
+
+    first.hold(range(3), is_first=True, is_last=False)
+    last.hold(range(3, 4), is_first=False, is_last=True)
+    assert (first.layers, last.layers) == ((0, 1, 2), (3,))
+    (after,) = Pipeline(load_spec(folder), [first, last]).step([(0, TOKENS)])
+    assert torch.equal(after, before), "the same layers give the same bits wherever they run"
+
+    first.hold(range(4), is_first=True, is_last=True)
+    (alone,) = Pipeline(load_spec(folder), [first]).step([(0, TOKENS)])
+    assert torch.equal(alone, before)
+
+    first.hold(range(1, 2), is_first=False, is_last=False)
+    assert first.weights_bytes == load_spec(folder).layer_bytes(1, "float32")
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo2"])
+@pytest.mark.parametrize("change", ["add", "remove"])
+def test_unexpected_layer_weights_are_refused(tmp_path: Path, name: str, change: str) -> None:
+    make_checkpoint(tmp_path, name)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if change == "add":
+        tensors["model.layers.2.self_attn.sinks"] = torch.zeros(4)
+    else:
+        del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match="sinks" if change == "add" else "up_proj"):
+        make_pipeline(tmp_path)
+
+
+_RESIDENT = """
+import re, sys, torch
+from pathlib import Path
+from flexpipe_serve.kernels.torch_attention import TorchAttention
+from flexpipe_serve.model.source import load_spec
+from flexpipe_serve.model.stage_model import StageModel
+def resident():
+    status = open("/proc/self/status").read()
+    return int(re.search(r"VmRSS:\\s+(\\d+)", status)[1]) * 1024
+spec = load_spec(Path(sys.argv[1]))
+def stage(layers, kind):
+    return StageModel(spec, layers=layers, is_first=False, is_last=False, device=torch.device("cpu"),
+        dtype=torch.float32, attention=TorchAttention(dtype=torch.float32), linear=kind)
+kept = []
+for kind in sys.argv[2:]:
+    warm = stage(range(2, 3), kind)  # what a kind takes once, for its code
+    warm.hold(range(0), is_first=False, is_last=False)
+    before = resident()
+    kept.append(stage(range(2), kind))
+    print(kind, resident() - before, kept[-1].weights_bytes)
+"""
+
+
+def test_resident_memory_is_the_stages_part(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama", hidden_size=640, intermediate_size=2048)
+    kinds = available_kinds(CPU, torch.float32)
+    command = [sys.executable, "-c", _RESIDENT, str(tmp_path), *kinds]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for kind, line in zip(kinds, output.splitlines(), strict=True):
+        grown, held = map(int, line.split()[1:])
+        assert held > 40e6
+        assert 0.9 * held < grown < 1.1 * held + 4e6, kind
