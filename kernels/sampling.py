@@ -158,9 +158,9 @@ def _draw(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
     # The sum runs in the order of the vocabulary, not of probability: noise in the logits (another batch size, another
     # matrix kernel) then cannot make two tokens change places.
     sums = weights.cumsum(-1)
-    totals = sums[:, -1:]
     uniforms = [[token_uniform(seed=spec.seed, position=spec.position)] for spec in specs]
-    points = (torch.tensor(uniforms, dtype=torch.float64, device=device) * totals).long().minimum(totals - 1)
+    # No number exceeds 1 - 2^-53, so even the rounded product stays below the total.
+    points = (torch.tensor(uniforms, dtype=torch.float64, device=device) * sums[:, -1:]).long()
     return torch.searchsorted(sums, points, right=True).where(valid, INVALID_TOKEN)[:, 0]
 
 
@@ -199,7 +199,7 @@ def _cut_rows_by_sorting(weights: torch.Tensor, specs: Sequence[SampleSpec]) -> 
     ranked = (ranked_keys + _INDEX_MASK) >> _INDEX_BITS
     sums = ranked.cumsum(-1)
     considered = sums.gather(-1, limits - 1)
-    num_kept = (sums - ranked < shares * considered).sum(-1, keepdim=True).minimum(limits).clamp(min=1)
+    num_kept = (sums - ranked < shares * considered).sum(-1, keepdim=True).minimum(limits)
     return weights.masked_fill(keys < ranked_keys.gather(-1, num_kept - 1), 0)
 
 

@@ -46,11 +46,13 @@ class DomainFolder:
         """Stop using the folder; remove it if nobody else does. Closing twice is harmless."""
         if self._lock_fd < 0:
             return
-        # Converting a lock drops the old one first: of several that close at once, one finds itself alone.
-        if _try_lock_exclusive(self._lock_fd):
-            _remove(self.path)
-        os.close(self._lock_fd)
-        self._lock_fd = -1
+        fd, self._lock_fd = self._lock_fd, -1
+        try:
+            # Converting a lock drops the old one first: of several that close at once, one finds itself alone.
+            if _try_lock_exclusive(fd):
+                _remove(self.path)
+        finally:
+            os.close(fd)
 
     def __enter__(self) -> DomainFolder:
         return self

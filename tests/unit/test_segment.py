@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexpipe_serve.kv import domain
 from flexpipe_serve.kv.domain import SHM_ROOT, DomainFolder, free_bytes, sweep_stale
 from flexpipe_serve.kv.segment import BlockShape, DeviceSegment, KVMemoryError, Segment, SharedSegment
 
@@ -313,6 +314,45 @@ def test_users_that_come_and_go_at_once_never_meet_a_dead_folder(shm: Path) -> N
         thread.join()
     assert errors == []
     assert list(shm.iterdir()) == []
+
+
+def test_sweep_spares_a_folder_that_was_left_and_joined_again_meanwhile(
+    shm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = DomainFolder("app", root=shm)
+    joined: list[DomainFolder] = []
+    open_lock = domain._open_lock
+
+    def open_lock_then_change_hands(folder: Path) -> int:
+        fd = open_lock(folder)
+        if not joined:
+            monkeypatch.setattr(domain, "_open_lock", open_lock)
+            old.close()
+            joined.append(DomainFolder("app", root=shm))
+        return fd
+
+    monkeypatch.setattr(domain, "_open_lock", open_lock_then_change_hands)
+    assert sweep_stale(root=shm) == []
+    assert joined[0].path.exists()
+    joined[0].close()
+    assert list(shm.iterdir()) == []
+
+
+def test_folder_joined_while_it_is_removed_lives_on(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = DomainFolder("app", root=shm)
+    joined: list[DomainFolder] = []
+    unlink = os.unlink
+
+    def unlink_then_join(path: Path) -> None:
+        unlink(path)
+        monkeypatch.undo()
+        joined.append(DomainFolder("app", root=shm))
+
+    monkeypatch.setattr(os, "unlink", unlink_then_join)
+    old.close()
+    assert sweep_stale(root=shm) == []
+    assert joined[0].path.exists()
+    joined[0].close()
 
 
 def test_sweep_leaves_what_is_not_ours(shm: Path) -> None:
