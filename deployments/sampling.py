@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import secrets
 from collections.abc import Sequence
 
 from flexpipe_serve.deployments.errors import ApiError
@@ -115,7 +115,7 @@ def sampling_params(
         repetition_penalty=_or(request.repetition_penalty, 1.0),
         # More than the vocabulary is no limit, and may be more than the wire carries.
         top_k=min(request.top_k or 0, model.vocab_size),
-        seed=random.getrandbits(62) if request.seed is None else request.seed & _SEED_MASK,
+        seed=secrets.randbits(62) if request.seed is None else request.seed & _SEED_MASK,
         logit_bias=logit_bias,
         stop=_stop(request.stop),
         stop_token_ids=tuple(stop_token_ids),
