@@ -19,6 +19,17 @@ from flexpipe_serve.errors import ConfigError, InvalidRequestError
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+# A template is a program that comes with the model: what it raises for some messages is about those messages.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 class ModelTokenizer:
     """The tokenizer of a model folder; safe to use from several threads.
@@ -50,8 +61,6 @@ class ModelTokenizer:
         self._special_tokens = {
             name: _content(config[name]) for name in _SPECIAL_TOKENS if config.get(name) is not None
         }
-        if "add_bos_token" in config or "add_eos_token" in config:
-            self.backend.post_processor = self._bos_eos_processor(config)
         self._chat_template = _chat_template(folder, config)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -80,23 +89,12 @@ class ModelTokenizer:
         variables = {"add_generation_prompt": True, **self._special_tokens, **kwargs}
         try:
             texts, _ = render_jinja_template([list(messages)], chat_template=self._chat_template, **variables)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            # A template is a program: whatever it raises is about these messages.
+        except _TEMPLATE_ERRORS as error:
             raise InvalidRequestError(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
         # The template writes the special tokens itself.
         return self.encode(texts[0], add_special_tokens=False)
-
-    def _bos_eos_processor(self, config: Mapping[str, Any]) -> tokenizers.processors.TemplateProcessing:
-        """What transformers puts in the place of tokenizer.json's own where tokenizer_config.json says so."""
-        bos, eos = (
-            self._special_tokens.get(f"{name}_token") if config.get(f"add_{name}_token") else None
-            for name in ("bos", "eos")
-        )
-        ids = [(token, self.backend.token_to_id(token)) for token in (bos, eos) if token is not None]
-        single = " ".join(part for part in (bos, "$A", eos) if part is not None)
-        return tokenizers.processors.TemplateProcessing(single=single, special_tokens=ids)
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
