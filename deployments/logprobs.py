@@ -5,9 +5,12 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable
 
+from tokenizers import Tokenizer as Backend
+
 from flexpipe_serve.deployments.protocol import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TopLogprob
 from flexpipe_serve.engine.client import Tokenizer
 from flexpipe_serve.engine.outputs import TokenLogprob
+from flexpipe_serve.engine.token_bytes import token_bytes
 
 _FLOOR = -9999.0
 """JSON has no infinity."""
@@ -17,7 +20,7 @@ class CompletionLogprobWriter:
     """The legacy form, for one choice; it remembers how far the choice's text has come."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend
         # Tokens that hold parts of one character share its offset.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
@@ -26,7 +29,7 @@ class CompletionLogprobWriter:
         """The next tokens. ``top_logprobs`` always has the chosen token too; a prompt's first token has none."""
         out = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
         for item in logprobs:
-            data = self._tokenizer.token_bytes(item.token_id)
+            data = token_bytes(self._backend, item.token_id)
             token = _legacy_name(data)
             out.text_offset.append(self._offset)
             out.tokens.append(token)
@@ -35,7 +38,7 @@ class CompletionLogprobWriter:
                 out.token_logprobs.append(None)
                 out.top_logprobs.append(None)
                 continue
-            top = {_legacy_name(self._tokenizer.token_bytes(i)): _finite(p) for i, p in item.top}
+            top = {_legacy_name(token_bytes(self._backend, i)): _finite(p) for i, p in item.top}
             out.token_logprobs.append(_finite(item.logprob))
             out.top_logprobs.append(top | {token: _finite(item.logprob)})
         return out
@@ -43,13 +46,13 @@ class CompletionLogprobWriter:
 
 def chat_logprobs(logprobs: Iterable[TokenLogprob], tokenizer: Tokenizer) -> ChatLogprobs:
     """The chat form."""
-    return ChatLogprobs(content=[_chat_token(item, tokenizer) for item in logprobs])
+    return ChatLogprobs(content=[_chat_token(item, tokenizer.backend) for item in logprobs])
 
 
-def _chat_token(item: TokenLogprob, tokenizer: Tokenizer) -> ChatTokenLogprob:
+def _chat_token(item: TokenLogprob, backend: Backend) -> ChatTokenLogprob:
     assert item.logprob is not None
-    data = tokenizer.token_bytes(item.token_id)
-    tops = [(tokenizer.token_bytes(i), p) for i, p in item.top]
+    data = token_bytes(backend, item.token_id)
+    tops = [(token_bytes(backend, i), p) for i, p in item.top]
     return ChatTokenLogprob(
         token=_name(data),
         logprob=_finite(item.logprob),

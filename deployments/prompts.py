@@ -33,7 +33,7 @@ async def completion_prompts(prompt: str | list[str | int | list[int]], engine: 
         ApiError: 400 where ``prompt`` is empty, mixed, or has ids outside the vocabulary.
     """
     if isinstance(prompt, str):
-        return [await _text_prompt(prompt, engine.tokenizer)]
+        return await _text_prompts([prompt], engine.tokenizer)
     kinds = set(map(type, prompt))
     if kinds == {int}:
         return [_token_prompt(prompt, engine.model.vocab_size, param="prompt")]
@@ -45,7 +45,7 @@ async def completion_prompts(prompt: str | list[str | int | list[int]], engine: 
             400, f"prompt has {len(prompt)} entries; at most {MAX_SEQUENCES} fit in one request.", param="prompt"
         )
     if kinds == {str}:
-        return [await _text_prompt(str(text), engine.tokenizer) for text in prompt]
+        return await _text_prompts([str(text) for text in prompt], engine.tokenizer)
     return [_token_prompt(ids, engine.model.vocab_size, param=f"prompt[{i}]") for i, ids in enumerate(prompt)]
 
 
@@ -80,8 +80,10 @@ async def _off_loop(num_chars: int, work: Callable[[], _T]) -> _T:
     return work() if num_chars <= _MAX_INLINE_CHARS else await asyncio.to_thread(work)
 
 
-async def _text_prompt(text: str, tokenizer: Tokenizer) -> Prompt:
-    return Prompt(token_ids=await encode(text, tokenizer), text=text)
+async def _text_prompts(texts: list[str], tokenizer: Tokenizer) -> list[Prompt]:
+    # One by one they might be short enough to stay on the loop, all together not.
+    num_chars = sum(map(len, texts))
+    return await _off_loop(num_chars, lambda: [Prompt(token_ids=tokenizer.encode(text), text=text) for text in texts])
 
 
 def _token_prompt(token_ids: Any, vocab_size: int, *, param: str) -> Prompt:

@@ -11,6 +11,7 @@ from flexpipe_serve.deployments.protocol import (
     TokenizeRequest,
 )
 from flexpipe_serve.engine.client import EngineClient
+from flexpipe_serve.engine.token_bytes import token_bytes
 
 
 async def tokenize(request: TokenizeRequest, engine: EngineClient) -> TokenizeAnswer:
@@ -32,7 +33,7 @@ async def tokenize(request: TokenizeRequest, engine: EngineClient) -> TokenizeAn
         raise ApiError(400, "Give either prompt or messages.", param="prompt")
     strings = None
     if request.return_token_strs:
-        strings = [engine.tokenizer.token_bytes(i).decode(errors="replace") for i in token_ids]
+        strings = [token_bytes(engine.tokenizer.backend, i).decode(errors="replace") for i in token_ids]
     return TokenizeAnswer(
         count=len(token_ids), max_model_len=engine.model.max_model_len, tokens=token_ids, token_strs=strings
     )

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import tokenizers
+
 from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.sampling_params import SamplingParams
 
@@ -27,13 +29,14 @@ class ModelCard:
 class Tokenizer(Protocol):
     """The part of a tokenizer that the ingress uses."""
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """For single tokens' bytes, which log probabilities carry."""
+        ...
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """What the token adds to a text, in UTF-8; it may be a part of a character (``engine/token_bytes.py``)."""
-        ...
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[int]:
         """Token ids of the rendered conversation. Raises InvalidRequestError where the template refuses it."""

@@ -14,7 +14,6 @@ from flexpipe_serve.engine.client import ModelCard
 from flexpipe_serve.engine.detokenizer import IncrementalDetokenizer
 from flexpipe_serve.engine.outputs import FinishReason, SequenceOutput, TokenLogprob
 from flexpipe_serve.engine.sampling_params import SamplingParams
-from flexpipe_serve.engine.token_bytes import token_bytes
 from flexpipe_serve.errors import EngineUnavailableError, InvalidRequestError, QueueFullError
 
 REPLY = "Paris, naïve café 😀. "
@@ -37,9 +36,6 @@ class FakeTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.backend.decode(list(token_ids))
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return token_bytes(self.backend, token_id)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[int]:
         if any(message["role"] == "system" for message in messages[1:]):

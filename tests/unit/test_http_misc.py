@@ -1,5 +1,7 @@
 """Everything but generation: models, health, tokenizer, keys, request ids, the published schema."""
 
+import threading
+
 import httpx
 import jsonschema
 import pytest
@@ -79,6 +81,31 @@ async def test_tokenize(client, engine):
 async def test_tokenize_a_long_text(client):
     answer = (await client.post("/tokenize", json={"prompt": "x" * 100_000})).json()
     assert answer["count"] == 100_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "x" * 5000}),
+        ("/v1/completions", {"prompt": "x" * 5000}),
+        ("/v1/completions", {"prompt": ["x" * 100] * 50}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 5000}]}),
+    ],
+)
+async def test_long_texts_are_tokenised_off_the_event_loop(path, body, monkeypatch):
+    engine = FakeEngine(max_model_len=10_000)
+    encode, threads = engine.tokenizer.encode, set()
+
+    def record(text, **options):
+        threads.add(threading.current_thread())
+        return encode(text, **options)
+
+    monkeypatch.setattr(engine.tokenizer, "encode", record)
+    async with client_of(engine) as client:
+        assert (await client.post(path, json={**body, "max_tokens": 1} if "v1" in path else body)).status_code == 200
+        assert threading.current_thread() not in threads
+        assert (await client.post("/v1/completions", json={"prompt": "short"})).status_code == 200
+        assert threading.current_thread() in threads
 
 
 async def test_detokenize(client, engine):
