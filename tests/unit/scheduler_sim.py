@@ -17,8 +17,8 @@ from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scheduler import Scheduler
 from flexpipe_serve.pipeline.messages import StepBatch
 
-VOCAB = 6
-EOS = 5
+VOCAB = 32
+EOS = 31
 GARBAGE = (-1, -1)
 
 
@@ -203,6 +203,7 @@ class Simulation:
         if batch is not None:
             assert (batch.header.step, batch.header.epoch) == (self.next_step, 3)
             assert batch.header.num_tokens <= self.scheduler.config.max_num_batched_tokens
+            assert self.scheduler.stats().num_running <= self.scheduler.config.max_num_seqs
             unfinished = sum(1 for seq in self.sequences if not seq.is_finished)
             assert batch.header.num_seqs <= -(-unfinished // self.pipeline.num_stages)
             self.next_step += 1

@@ -246,7 +246,8 @@ def test_waiting_sequences_without_memory_do_not_swell_the_steps() -> None:
         sim.add(make_seq(f"w{i}", 32))
     for _ in range(6):
         sim.complete()
-        assert [b.header.num_seqs for b in fill(sim)] == [4]
+        sim.complete()
+        assert [b.header.num_seqs for b in fill(sim)] == [4, 4]
 
 
 def test_decodes_come_first_and_prefill_takes_what_remains_of_the_budget() -> None:
@@ -282,6 +283,19 @@ def test_prompts_begun_are_finished_in_order_of_rank() -> None:
     assert firsts == ["a", "b"]
 
 
+def test_of_prompts_begun_the_highest_rank_takes_the_budget() -> None:
+    sim = make_sim(num_stages=2, max_num_seqs=8, max_num_batched_tokens=16)
+    sim.add(make_seq("low", 40))
+    sim.submit()
+    sim.add(make_seq("high", 40, priority=-1), make_seq("x", 40), make_seq("y", 40))
+    assert rows(sim, sim.submit()) == ["high"]
+    sim.complete()
+    sim.complete()
+    # "low" has been ready for longer.
+    assert rows(sim, sim.submit()) == ["high"]
+    assert rows(sim, sim.submit()) == ["low"]
+
+
 def test_no_decode_waits_while_prompts_keep_coming() -> None:
     sim = make_sim(num_stages=2, max_num_seqs=8, max_num_batched_tokens=16)
     decode = make_seq("d", 2, max_tokens=60)
@@ -303,7 +317,7 @@ def test_no_decode_waits_while_prompts_keep_coming() -> None:
 def test_a_prompt_begun_is_not_pushed_aside_by_decodes_though_the_pipeline_is_never_full() -> None:
     # The caller completes each step before it asks for the next: two decodes could take every turn.
     sim = make_sim(num_stages=2)
-    prompt = make_seq("p", 400)
+    prompt = make_seq("p", 400, priority=1)
     sim.add(prompt)
     sim.submit()
     sim.add(make_seq("a", 2, max_tokens=100), make_seq("b", 2, max_tokens=100))
@@ -505,6 +519,26 @@ def test_a_sequence_in_flight_is_never_preempted() -> None:
         assert sim.outputs[seq] == reference(seq.prompt_token_ids, seq.params, 0, 12)[0]
 
 
+def test_a_sequence_already_chosen_for_the_step_is_not_preempted() -> None:
+    # "b", lower in rank, was computed first, so it comes first in every step.
+    sim = make_sim(num_stages=3, num_blocks=6, block_size=2, prefix_cache=False)
+    sim.add(make_seq("b", 3, priority=1, max_tokens=8))
+    fill(sim)
+    sim.add(make_seq("a", 4, max_tokens=8))
+    fill(sim)
+    sim.complete()
+    sim.complete()
+    sim.pipeline.num_stages = 1
+    sim.pipeline.kv = sim.pipeline.kv[:1]
+    # At 7 and 6 tokens "a" needs a fourth block and "b" none: "b" is chosen, "a" waits its turn and then takes it all.
+    sizes = []
+    while sim.scheduler.stats().num_preemptions == 0:
+        sizes.append(rows(sim, sim.submit()))
+        sim.complete()
+    assert sizes == [["a", "b"], ["a", "b"], ["b"], ["a"]]
+    sim.drain(100)
+
+
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_two_that_do_not_fit_together_both_finish_without_thrashing(num_stages: int, prefix_cache: bool) -> None:
@@ -593,6 +627,31 @@ def test_a_failed_step_is_computed_again_and_others_go_on() -> None:
     sim.drain(50)
     for seq in (a, b):
         assert sim.outputs[seq] == reference(seq.prompt_token_ids, seq.params, 0, 512)[0]
+
+
+def test_what_a_failed_step_wrote_is_not_shared() -> None:
+    sim = make_sim()
+    seq = make_seq("a", [1] * 8)
+    sim.add(seq)
+    sim.submit()
+    sim.fail(0)
+    sim.add(make_seq("b", [1] * 8))
+    batch = sim.submit()
+    assert batch is not None
+    assert batch.num_computed.tolist() == [0, 0]
+
+
+def test_aborted_in_a_step_that_fails() -> None:
+    sim = make_sim()
+    seq = make_seq("a")
+    sim.add(seq)
+    sim.submit()
+    sim.scheduler.abort("a", now=0.0)
+    (update,) = sim.fail(0)
+    assert update.finished
+    assert seq.finish_reason == "abort"
+    assert sim.scheduler.is_idle
+    sim.scheduler.check_integrity()
 
 
 def test_reset_replays_everything_from_the_tokens() -> None:
