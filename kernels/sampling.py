@@ -171,11 +171,12 @@ def _cut_row(weights: Int64, *, top_k: int, top_p: float) -> None:
     Sorts only tokens that can matter.
     """
     limited = 0 < top_k < len(weights)
-    # Tokens that weigh less than this hold less than 1 - top_p together: top_p never keeps one.
-    floor = 1 if limited else max(1, int((1.0 - top_p) * int(weights.sum()) / len(weights)))
-    candidates = np.flatnonzero(weights >= floor)
+    # Tokens that weigh less than (1 - top_p) / vocab of all hold less than 1 - top_p together: top_p keeps none.
+    share = (1.0 - top_p) / len(weights)
+    floor = int(np.partition(weights, -top_k)[-top_k] if limited else share * int(weights.sum()))
+    candidates = np.flatnonzero(weights >= max(1, floor))
     keys = (weights[candidates] << _INDEX_BITS) - candidates
-    if limited and top_k < len(keys):
+    if limited and top_k < len(keys):  # some weigh the same
         keys = np.partition(keys, len(keys) - top_k)[-top_k:]
     if top_p < 1.0:
         keys = np.sort(keys)[::-1]
