@@ -18,7 +18,6 @@ from flexpipe_serve.deployments.limits import HttpLimits
 from flexpipe_serve.engine.assemble import build_engine, layout_of, model_name
 from flexpipe_serve.engine.engine import Engine
 from flexpipe_serve.errors import ConfigError, EngineUnavailableError
-from flexpipe_serve.kv.domain import sweep_stale
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.model.source import ModelSpec
 from flexpipe_serve.pipeline.channel import CurveKeys
@@ -89,7 +88,6 @@ class Router:
 
     def _start(self, config: UserConfig) -> None:
         context = serve.get_replica_context()
-        sweep_stale()
         device = self._args.device
         if device == "auto":
             device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"

@@ -25,7 +25,12 @@ from flexpipe_serve.kv.domain import sweep_stale
 from flexpipe_serve.model.source import load_spec, resolve_source
 
 DEFAULT_PORT = 8000
-_FAST_PROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+_FAST_PROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # Else a replica that stops waits 30 s for proxies on other machines to notice; there are none.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+}
 _QUIET = {
     "RAY_AUTH_MODE": "disabled",  # a private cluster whose dashboard listens on the loopback only
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -14,7 +14,6 @@ from flexpipe_serve.engine.engine import Engine, OnLost
 from flexpipe_serve.engine.scheduler_config import SchedulerConfig
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.metrics import EngineMetrics
-from flexpipe_serve.model.linear_choice import linear_kind
 from flexpipe_serve.model.source import ModelSpec, load_spec, resolve_source
 from flexpipe_serve.model.tokenizer import ModelTokenizer
 from flexpipe_serve.pipeline.channel import CurveKeys
@@ -78,7 +77,6 @@ def build_engine(
         dtype=dtype,
         device=device,
         attention=attention,
-        linear=linear_kind(spec, dtype=dtype, device=device),
         block_size=block_size,
         max_blocks=psutil.virtual_memory().total // block_bytes,
         num_work_tokens=args.scheduler.max_num_batched_tokens,

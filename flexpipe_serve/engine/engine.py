@@ -225,6 +225,7 @@ class Engine:
             except RuntimeError:
                 return  # stopped meanwhile
             self._metrics.set_gauges(self._loop.scheduler.stats(), self._reports, epoch=self._pipeline.epoch)
+            self._metrics.flush(time.monotonic())
 
 
 def _describe(report: StageReport) -> dict[str, Any]:

@@ -153,7 +153,6 @@ class StepLoop:
                 frames = self._link.receive(_IDLE_WAIT_S)
                 if frames is not None:
                     self._take(frames)
-                self._metrics.flush(time.monotonic())
             except Exception:  # thread edge: one bad message must not end all requests
                 logger.exception("the engine loop caught an error")
         self._deliver()
@@ -193,6 +192,7 @@ class StepLoop:
             tokens = decode_tokens(frames[1])
             updates = self.scheduler.complete(header.step, tokens, now=now)
             self._metrics.on_step(step_seconds, header.stage_seconds, num_tokens=len(tokens))
+            self._metrics.on_tokens(updates, now=now)
             for update in updates:
                 self._take_update(update, header, now)
         elif isinstance(header, FailureHeader):

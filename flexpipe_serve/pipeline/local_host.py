@@ -14,27 +14,29 @@ _T = TypeVar("_T")
 
 
 class LocalStageHost:
-    """Hosts stages in threads."""
+    """Hosts stages in threads. Control calls of all of them run one after the other: building a model without
+    memory for its weights patches torch for the whole process."""
 
     node = "local"
 
     def __init__(self) -> None:
+        self._control = ThreadPoolExecutor(1, thread_name_prefix="stage-control")
         self._alive: dict[str, LocalStage] = {}
 
     def launch(self, setup: StageSetup) -> StageHandle:
         stage = self._alive.get(setup.name)
         if stage is None or stage.is_over or stage.core.setup != setup:
-            stage = self._alive[setup.name] = LocalStage(Stage(setup, node=self.node))
+            stage = self._alive[setup.name] = LocalStage(Stage(setup, node=self.node), self._control)
         return stage
 
 
 class LocalStage:
     """A stage in a thread, and its handle."""
 
-    def __init__(self, core: Stage) -> None:
+    def __init__(self, core: Stage, control: ThreadPoolExecutor) -> None:
         self.name = core.setup.name
         self.core = core
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"{self.name}-control")
+        self._control = control
         self._over: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self._thread.start()
@@ -59,10 +61,9 @@ class LocalStage:
     def stop(self) -> None:
         self.core.close()
         self._thread.join()
-        self._executor.shutdown()
 
     def _submit(self, call: Callable[[], _T]) -> Future[_T]:
-        return self._executor.submit(call)
+        return self._control.submit(call)
 
     def _run(self) -> None:
         self.core.run()

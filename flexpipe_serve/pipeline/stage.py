@@ -22,8 +22,9 @@ import torch
 from flexpipe_serve.kernels.attention import RaggedBatch
 from flexpipe_serve.kernels.registry import check_block_size, get_attention_backend
 from flexpipe_serve.kernels.sampling import prompt_logprobs, sample
-from flexpipe_serve.kv.domain import DomainFolder, free_bytes
+from flexpipe_serve.kv.domain import DomainFolder, free_bytes, sweep_stale
 from flexpipe_serve.kv.segment import BlockShape, DeviceSegment, Segment, SharedSegment
+from flexpipe_serve.model.fastest_linear import fastest_linear
 from flexpipe_serve.model.source import load_spec
 from flexpipe_serve.model.stage_model import StageModel
 from flexpipe_serve.pipeline.channel import Outlet, ZmqInbox, ZmqOutlet
@@ -44,6 +45,8 @@ from flexpipe_serve.pipeline.stage_types import Assignment, StageReport, StageSe
 
 logger = logging.getLogger(__name__)
 _POLL_S = 1.0
+_LOGIT_ROWS = 64
+"""Rows of logits made at once: those of a whole prompt would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,16 @@ class Stage:
         self._spec = load_spec(Path(setup.model_path))
         self._attention = get_attention_backend(setup.attention, device=self._device, dtype=self._dtype)
         check_block_size(self._attention, setup.block_size)
+        self._linear = setup.linear
+        if setup.linear == "auto":
+            self._linear = fastest_linear(self._spec, dtype=self._dtype, device=self._device)
         self._block_shape = BlockShape(
             block_size=setup.block_size,
             num_kv_heads=self._spec.num_kv_heads,
             head_dim=self._spec.head_dim,
             dtype=self._dtype,
         )
+        sweep_stale()
         self._folder = DomainFolder(setup.domain_key)
         self._inbox = ZmqInbox(setup.name, folder=self._folder.path, node=self.node, keys=setup.keys)
         self._model: StageModel | None = None
@@ -111,7 +118,7 @@ class Stage:
                     device=self._device,
                     dtype=self._dtype,
                     attention=self._attention,
-                    linear=self.setup.linear,
+                    linear=self._linear,
                 )
             else:
                 self._model.hold(assignment.layers, is_first=assignment.is_first, is_last=assignment.is_last)
@@ -311,8 +318,12 @@ class Stage:
             first = int(starts[spec.row])
             targets = batch.targets[offset : offset + spec.num_targets]
             offset += spec.num_targets
-            logits = self._model.logits(hidden[first : first + spec.num_targets])
-            prompts.append(prompt_logprobs(logits, targets, spec.num_logprobs))
+            found: list[LogprobResult] = []
+            for at in range(0, spec.num_targets, _LOGIT_ROWS):
+                piece = targets[at : at + _LOGIT_ROWS]
+                logits = self._model.logits(hidden[first + at : first + at + len(piece)])
+                found += prompt_logprobs(logits, piece, spec.num_logprobs)
+            prompts.append(tuple(found))
         seconds = (*passed, time.perf_counter() - started)
         result = ResultHeader(
             epoch=header.epoch,

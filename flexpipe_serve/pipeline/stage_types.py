@@ -20,14 +20,14 @@ class StageSetup:
     dtype: str
     device: str
     attention: str
-    linear: str
-    """Kind of linear layer; equal on all stages, so that a layer gives the same bits wherever it runs."""
     block_size: int
     max_blocks: int
     """Address range of a segment, in blocks."""
     num_work_tokens: int
     """Tokens of the largest step."""
     orphan_timeout_s: float
+    linear: str = "auto"
+    """Kind of linear map; 'auto': the one that is fastest on the stage's machine."""
     keys: CurveKeys | None = None
     """For tcp between nodes."""
 

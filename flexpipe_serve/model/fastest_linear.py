@@ -1,0 +1,31 @@
+"""The kind of linear map that all stages on this machine use for a model."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+import torch
+
+from flexpipe_serve.kernels.linear_choice import choose_linear
+from flexpipe_serve.model.cache import cache_home
+from flexpipe_serve.model.source import ModelSpec
+
+
+def fastest_linear(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> str:
+    """The fastest kind for the model's shapes with all cores, measured once on this machine.
+
+    One process measures while the others wait for its answer: all stages must agree, so that a layer gives the same
+    bits on whichever it runs.
+    """
+    folder = cache_home() / "linear"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return choose_linear(
+            spec.linear_shapes,
+            dtype=dtype,
+            device=device,
+            num_threads=len(os.sched_getaffinity(0)),
+            cache_folder=folder,
+        )

@@ -1,0 +1,90 @@
+"""Engines over stages in threads, and running many requests through one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from flexpipe_serve.config import KVConfig, LimitsConfig, ModelConfig, SchedulerArgs, ServeArgs
+from flexpipe_serve.engine.assemble import build_engine
+from flexpipe_serve.engine.engine import Engine
+from flexpipe_serve.engine.outputs import SequenceOutput
+from flexpipe_serve.engine.sampling_params import SamplingParams
+from flexpipe_serve.metrics import EngineMetrics
+from flexpipe_serve.pipeline.layout import Layout, even_boundaries, make_layout
+from flexpipe_serve.pipeline.local_host import LocalStageHost
+from flexpipe_serve.pipeline.stage_types import StageHost
+
+
+def even_layout(num_layers: int, num_stages: int) -> Layout:
+    """Layers split evenly."""
+    return make_layout(num_layers=num_layers, boundaries=even_boundaries(num_layers=num_layers, num_stages=num_stages))
+
+
+@contextlib.contextmanager
+def running_engine(
+    folder: Path,
+    *,
+    num_stages: int = 1,
+    host: StageHost | None = None,
+    block_size: int = 16,
+    max_tokens: int = 65536,
+    max_num_batched_tokens: int = 256,
+    max_num_seqs: int = 64,
+    max_waiting: int = 256,
+    prefix_cache: bool = True,
+) -> Iterator[Engine]:
+    """A started engine; everything it held is gone afterwards."""
+    args = ServeArgs(
+        model=ModelConfig(source=str(folder)),
+        memory_budget=64 << 30,
+        kv=KVConfig(block_size=block_size, max_tokens=max_tokens, prefix_cache=prefix_cache),
+        scheduler=SchedulerArgs(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
+    )
+    engine, spec = build_engine(
+        args,
+        host=host or LocalStageHost(),
+        domain_key=uuid.uuid4().hex,
+        device="cpu",
+        num_cores=2,
+        metrics=EngineMetrics(app="test", model="test"),
+        limits=LimitsConfig(max_waiting=max_waiting),
+    )
+    engine.start(even_layout(spec.num_layers, num_stages))
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+async def collect(
+    engine: Engine, prompt: Sequence[int], params: SamplingParams, *, n: int = 1, request_id: str | None = None
+) -> list[list[SequenceOutput]]:
+    """All outputs of a request, by sequence."""
+    outputs: list[list[SequenceOutput]] = [[] for _ in range(n)]
+    generation = engine.generate(
+        request_id=request_id or uuid.uuid4().hex, prompt_token_ids=prompt, params=params, n=n
+    )
+    async with contextlib.aclosing(generation) as stream:
+        async for output in stream:
+            outputs[output.index].append(output)
+    return outputs
+
+
+def tokens_of(outputs: Sequence[SequenceOutput]) -> list[int]:
+    """Token ids of one sequence."""
+    return [token for output in outputs for token in output.token_ids]
+
+
+def generate_all(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
+    """Output tokens of all prompts, served together."""
+
+    async def run() -> list[list[list[SequenceOutput]]]:
+        return await asyncio.gather(*(collect(engine, prompt, params) for prompt in prompts))
+
+    return [tokens_of(outputs[0]) for outputs in asyncio.run(run())]
+
+
