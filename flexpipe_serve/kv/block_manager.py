@@ -6,7 +6,7 @@ Pure bookkeeping over block ids; the memory itself lives in the stages. A block 
 
 The prefix cache is a tree: a cached block is found by (the prefix before it, its own tokens). A prefix is named by a
 number that is given out once and never again, so two different prefixes cannot be taken for each other whatever
-their hashes do: the dictionary compares the tokens.
+their hashes do: the dictionary compares the tokens. Nor does it depend on the id of the block that holds it.
 """
 
 from __future__ import annotations

@@ -169,6 +169,20 @@ def test_check_integrity_sees_lost_and_doubly_held_blocks() -> None:
     manager.check_integrity([table])
 
 
+def test_a_vector_grows_and_keeps_its_elements() -> None:
+    vector = Int32Vector([1, 2])
+    for value in range(100):
+        vector.append(value)
+    vector.extend(list(range(500)))
+    vector[0] = 7
+    assert vector.view().tolist() == [7, 2, *range(100), *range(500)]
+    assert (len(vector), vector[-1], vector.view(1, 3).tolist()) == (602, 499, [2, 0])
+    with pytest.raises(IndexError):
+        vector[602]
+    vector.clear()
+    assert len(vector) == 0
+
+
 class BlockManagerHistories(RuleBasedStateMachine):
     """Random tables; the truth is which tokens each block was last written with."""
 
