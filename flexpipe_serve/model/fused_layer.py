@@ -1,6 +1,8 @@
 """A Llama-like decoder layer in few calls: merged projections, rotation by complex numbers, packed weights.
 
 Covers Llama, Mistral, Qwen2 (biases), Qwen3 (norms of queries and keys) and Phi-3 (merged in the checkpoint already).
+Keys stand in the cache with the halves of a head interleaved, so a layer's KV is for this class only; all stages of a
+pipeline run the same one.
 """
 
 from __future__ import annotations

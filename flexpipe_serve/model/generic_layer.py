@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -95,19 +95,19 @@ def _stack_experts(tensors: Mapping[str, torch.Tensor], names: ExpertNames) -> d
     experts: dict[tuple[int, str], torch.Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith(prefix):
-            index, _, part = name.removeprefix(prefix).partition(".")
-            experts[int(index), part.removesuffix(".weight")] = tensor
+            expert, _, part = name.removeprefix(prefix).partition(".")
+            experts[int(expert), part.removesuffix(".weight")] = tensor
         elif name.startswith(f"{names.checkpoint_prefix}."):
             weights["mlp." + name.removeprefix(f"{names.checkpoint_prefix}.")] = tensor
         else:
             weights[name] = tensor
-    order = _expert_order(experts)
-    if order:
-        merged = [torch.cat((experts[i, names.gate], experts[i, names.up])) for i in order]
-        weights["mlp.experts.gate_up_proj"] = torch.stack(merged)
-        weights["mlp.experts.down_proj"] = torch.stack([experts[i, names.down] for i in order])
+    if experts:
+        order = sorted({index for index, _ in experts})
+        width, hidden_size = experts[order[0], names.gate].shape
+        gate_up = experts[order[0], names.gate].new_empty(len(order), 2 * width, hidden_size)
+        for index in order:
+            gate_up[index, :width] = experts.pop((index, names.gate))
+            gate_up[index, width:] = experts.pop((index, names.up))
+        weights["mlp.experts.gate_up_proj"] = gate_up
+        weights["mlp.experts.down_proj"] = torch.stack([experts[index, names.down] for index in order])
     return weights
-
-
-def _expert_order(experts: Iterable[tuple[int, str]]) -> list[int]:
-    return sorted({index for index, _ in experts})

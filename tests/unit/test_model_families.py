@@ -76,3 +76,17 @@ def test_greedy_continuation_agrees_with_transformers(checkpoint: tuple[str, Pat
         tokens.append(int(logits[-1].argmax()))
         (logits,) = pipeline.step([(0, tokens[-1:])])
     assert tokens == expected
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3", "mixtral"])
+def test_bfloat16_is_as_near_as_it_can_be(tmp_path: Path, name: str) -> None:
+    model = make_checkpoint(tmp_path, name)
+    pipeline = make_pipeline(tmp_path, boundaries=(2,), dtype=torch.bfloat16)
+    tokens = [5, 17, 99, 42, 7, 63, 12, 80]
+    (prefill,) = pipeline.step([(0, tokens[:5])])
+    decodes = [pipeline.step([(0, [token])])[0] for token in tokens[5:]]
+    ours = torch.cat([prefill, *decodes])
+    expected = reference_logits(model, tokens)
+    theirs = reference_logits(model.bfloat16(), tokens)
+    assert ours.dtype == torch.float32
+    assert (ours - expected).abs().mean() < 1.5 * (theirs - expected).abs().mean()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from flexpipe_serve.kernels.attention import RaggedBatch
+from flexpipe_serve.kernels.attention import AttentionBackend, RaggedBatch
 from flexpipe_serve.kernels.torch_attention import TorchAttention
 from flexpipe_serve.model.source import ModelSpec, load_spec
 from flexpipe_serve.model.stage_model import StageModel
@@ -130,12 +130,18 @@ class Pipeline:
 
     spec: ModelSpec
     stages: list[StageModel]
-    attention: TorchAttention = field(default_factory=lambda: TorchAttention(dtype=torch.float32))
+    attention: AttentionBackend = field(default_factory=lambda: TorchAttention(dtype=torch.float32))
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    block_size: int = BLOCK_SIZE
     seed: int = 0
 
     def __post_init__(self) -> None:
-        shape = (NUM_BLOCKS, 2, BLOCK_SIZE, self.spec.num_kv_heads, self.spec.head_dim)
-        self._kv = {layer: torch.full(shape, float("nan")) for layer in range(self.spec.num_layers)}
+        shape = (NUM_BLOCKS, 2, self.block_size, self.spec.num_kv_heads, self.spec.head_dim)
+        self._kv = {
+            layer: torch.full(shape, float("nan"), dtype=self.dtype, device=self.device)
+            for layer in range(self.spec.num_layers)
+        }
         self._free = [int(block) for block in np.random.default_rng(self.seed).permutation(NUM_BLOCKS)]
         self._tables: dict[int, list[int]] = {}
         self._num_computed: dict[int, int] = {}
@@ -145,7 +151,7 @@ class Pipeline:
         for sequence, tokens in chunks:
             table = self._tables.setdefault(sequence, [])
             length = self._num_computed.setdefault(sequence, 0) + len(tokens)
-            while len(table) * BLOCK_SIZE < length:
+            while len(table) * self.block_size < length:
                 table.append(self._free.pop())
         tables = [self._tables[sequence] for sequence, _ in chunks]
         padded = np.zeros((len(tables), max(map(len, tables))), np.int32)
@@ -155,15 +161,15 @@ class Pipeline:
             num_computed=np.array([self._num_computed[sequence] for sequence, _ in chunks], np.int32),
             num_new=np.array([len(tokens) for _, tokens in chunks], np.int32),
             block_tables=padded,
-            block_size=BLOCK_SIZE,
+            block_size=self.block_size,
         )
         positions = [range(self._num_computed[s], self._num_computed[s] + len(tokens)) for s, tokens in chunks]
-        plan = self.attention.plan(batch, device=CPU)
-        hidden = torch.tensor([token for _, tokens in chunks for token in tokens])
+        plan = self.attention.plan(batch, device=self.device)
+        hidden = torch.tensor([token for _, tokens in chunks for token in tokens], device=self.device)
         for stage in self.stages:
             hidden = stage.forward(
                 hidden,
-                positions=torch.tensor([position for span in positions for position in span]),
+                positions=torch.tensor([position for span in positions for position in span], device=self.device),
                 plan=plan,
                 kv=self._kv,
             )
@@ -174,10 +180,19 @@ class Pipeline:
 
 
 def make_pipeline(
-    folder: Path, *, boundaries: Sequence[int] = (), linear: str = "plain", max_model_len: int | None = None
+    folder: Path,
+    *,
+    boundaries: Sequence[int] = (),
+    linear: str = "plain",
+    max_model_len: int | None = None,
+    attention: AttentionBackend | None = None,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    block_size: int = BLOCK_SIZE,
 ) -> Pipeline:
     """A pipeline of stages that split the model at ``boundaries``."""
     spec = load_spec(folder, max_model_len=max_model_len)
+    attention = attention or TorchAttention(dtype=dtype)
     cuts = [0, *boundaries, spec.num_layers]
     stages = [
         StageModel(
@@ -185,14 +200,14 @@ def make_pipeline(
             layers=range(start, stop),
             is_first=start == 0,
             is_last=stop == spec.num_layers,
-            device=CPU,
-            dtype=torch.float32,
-            attention=TorchAttention(dtype=torch.float32),
+            device=device,
+            dtype=dtype,
+            attention=attention,
             linear=linear,
         )
         for start, stop in itertools.pairwise(cuts)
     ]
-    return Pipeline(spec, stages)
+    return Pipeline(spec, stages, attention=attention, device=device, dtype=dtype, block_size=block_size)
 
 
 @torch.inference_mode()
