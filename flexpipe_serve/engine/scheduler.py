@@ -35,6 +35,8 @@ class Scheduler:
         self.config = config
         self._pool = SequencePool(num_blocks=num_blocks, block_size=block_size, prefix_cache=config.prefix_cache)
         self._in_flight: dict[int, Step] = {}
+        self._suspects: dict[Sequence, None] = {}
+        """Sequences whose last step failed."""
         self._next_arrival = 0
 
     @property
@@ -114,8 +116,10 @@ class Scheduler:
         assert step not in self._in_flight, f"step {step} is in flight"
         num_runnable = len(self._pool.running) + self._num_admissible()
         max_rows = -(-num_runnable // num_stages)
-        rows = self._continue_running(max_rows)
-        self._admit_waiting(rows, max_rows, now)
+        rows = self._retry_suspect(now)
+        if not rows:
+            rows = self._continue_running(max_rows)
+            self._admit_waiting(rows, max_rows, now)
         if not rows:
             return None
         for seq, _ in rows:
@@ -139,10 +143,11 @@ class Scheduler:
         return [self._advance(chunk, tokens, now) for chunk in plan.chunks]
 
     def fail_step(self, step: int, *, now: float) -> list[SequenceUpdate]:
-        """A step raised on a stage: its writes are void. Its sequences wait to be computed again from their tokens.
+        """A step raised on a stage: its writes are void. Its sequences wait to be computed again from their tokens,
+        each alone until it has a new token: one may be to blame, and the others shall not fail with it again.
 
-        What earlier steps computed stays in the prefix cache. ``Sequence.num_failed_steps`` counts, so that the
-        caller can end those that fail again and again. Blocks go back at once: no stage may execute the step any
+        What earlier steps computed stays in the prefix cache. ``Sequence.num_failed_steps`` counts the failures
+        since its last token, so that the caller can end those that fail again. Blocks go back at once: no stage may execute the step any
         more after a step that is scheduled from now on.
 
         Returns:
@@ -154,6 +159,7 @@ class Scheduler:
         for chunk in plan.chunks:
             seq = chunk.sequence
             seq.num_failed_steps += 1
+            self._suspects[seq] = None
             self._pool.evict(seq)
             if seq.end_requested is not None:
                 self._pool.end(seq, seq.end_requested, now=now)
@@ -203,6 +209,22 @@ class Scheduler:
         assert len(steps) == sum(len(plan.chunks) for plan in self._in_flight.values()), "a sequence is in two steps"
         assert steps == {seq: seq.in_flight for seq in self._pool.running if seq.in_flight is not None}
         self._pool.check_integrity()
+
+    def _retry_suspect(self, now: float) -> list[tuple[Sequence, int]]:
+        """A row of a sequence whose last step failed, alone; empty where none can run now."""
+        budget = self.config.max_num_batched_tokens
+        for seq in list(self._suspects):
+            if seq.is_finished:
+                del self._suspects[seq]
+            elif seq in self._pool.ready:
+                if self._pool.make_room(seq, spared=()):
+                    return [(seq, seq.max_chunk(budget))]
+            elif seq.in_flight is None and self._num_places > 0:
+                cached = self._pool.find_room(seq)
+                if cached is not None:
+                    self._pool.admit(seq, cached, now=now)
+                    return [(seq, seq.max_chunk(budget))]
+        return []
 
     def _continue_running(self, max_rows: int) -> list[tuple[Sequence, int]]:
         """Rows of ready sequences, at most ``max_rows``: decodes, then chunks of prompts by rank."""
@@ -276,6 +298,8 @@ class Scheduler:
                 self._pool.end(seq, SequenceEnd("error"), now=now)
                 return SequenceUpdate(sequence=seq, finished=True)
             new_token_ids = (token,)
+            seq.num_failed_steps = 0
+            self._suspects.pop(seq, None)
             seq.tokens.append(token)
             if seq.first_token_time is None:
                 seq.first_token_time = now

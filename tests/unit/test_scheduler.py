@@ -638,7 +638,7 @@ def test_what_a_failed_step_wrote_is_not_shared() -> None:
     sim.add(make_seq("b", [1] * 8))
     batch = sim.submit()
     assert batch is not None
-    assert batch.num_computed.tolist() == [0, 0]
+    assert batch.num_computed.tolist() == [0]
 
 
 def test_aborted_in_a_step_that_fails() -> None:
@@ -706,3 +706,38 @@ def test_a_wrong_number_of_tokens_is_a_bug_not_an_answer() -> None:
 def test_the_reference_depends_on_context_seed_and_position() -> None:
     tokens = {next_token(digest_of([c]), s, p) for c in range(4) for s in range(4) for p in range(4)}
     assert len(tokens) > 3
+
+
+def plain_scheduler(names: str) -> Scheduler:
+    config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64, max_waiting=8, max_model_len=64)
+    scheduler = Scheduler(config, num_blocks=64, block_size=4)
+    for name in names:
+        params = SamplingParams(max_tokens=20)
+        scheduler.add(Sequence(request_id=name, prompt_token_ids=[ord(name)] * 5, params=params))
+    return scheduler
+
+
+def test_sequences_of_a_failed_step_are_retried_alone() -> None:
+    scheduler = plain_scheduler("abc")
+    sizes = []
+    for step in range(6):
+        batch = scheduler.schedule(step=step, epoch=1, num_stages=1, now=0.0)
+        assert batch is not None
+        sizes.append(batch.header.num_seqs)
+        if step == 0:
+            scheduler.fail_step(step, now=0.0)
+        else:
+            scheduler.complete(step, [7] * batch.header.num_seqs, now=0.0)
+    assert sizes == [3, 1, 1, 1, 3, 3]
+    scheduler.check_integrity()
+
+
+def test_an_invalid_token_ends_its_own_sequence_only() -> None:
+    scheduler = plain_scheduler("ab")
+    scheduler.schedule(step=1, epoch=1, num_stages=1, now=0.0)
+    first, second = scheduler.complete(1, [-1, 7], now=0.0)
+    assert first.finished
+    assert first.sequence.finish_reason == "error"
+    assert first.new_token_ids == ()
+    assert not second.finished
+    scheduler.check_integrity()
