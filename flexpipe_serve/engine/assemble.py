@@ -74,6 +74,7 @@ def build_engine(
         name="",
         domain_key=domain_key,
         model_path=str(path),
+        max_model_len=spec.max_model_len,
         dtype=dtype,
         device=device,
         attention=attention,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 
 import torch
 
@@ -13,9 +12,9 @@ from flexpipe_serve.model.source import ModelSpec
 
 
 def fastest_linear(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> str:
-    """The fastest kind for the model's shapes with all cores, measured once on this machine.
+    """The fastest kind for the model's shapes, measured once on this machine.
 
-    One process measures while the others wait for its answer: all stages must agree, so that a layer gives the same
+    On one thread: the order of the kinds is the same with more, and other work on the cores disturbs it less. One process measures while the others wait for its answer: all stages must agree, so that a layer gives the same
     bits on whichever it runs.
     """
     folder = cache_home() / "linear"
@@ -26,6 +25,6 @@ def fastest_linear(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device)
             spec.linear_shapes,
             dtype=dtype,
             device=device,
-            num_threads=len(os.sched_getaffinity(0)),
+            num_threads=1,
             cache_folder=folder,
         )

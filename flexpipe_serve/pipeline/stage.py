@@ -74,7 +74,7 @@ class Stage:
         self.node = node or socket.gethostname()
         self._device = torch.device(setup.device)
         self._dtype = getattr(torch, setup.dtype)
-        self._spec = load_spec(Path(setup.model_path))
+        self._spec = load_spec(Path(setup.model_path), max_model_len=setup.max_model_len)
         self._attention = get_attention_backend(setup.attention, device=self._device, dtype=self._dtype)
         check_block_size(self._attention, setup.block_size)
         self._linear = setup.linear

@@ -17,6 +17,7 @@ class StageSetup:
     domain_key: str
     """Names the application; processes of one node with one key share a memory domain."""
     model_path: str
+    max_model_len: int
     dtype: str
     device: str
     attention: str
