@@ -141,7 +141,8 @@ def _ray(console: Console) -> Iterator[str]:
             from ray import serve
 
             with contextlib.suppress(Exception):  # the cluster goes next, whatever state Serve is in
-                serve.shutdown()
+                for app in serve.status().applications:
+                    serve.delete(app)
             ray.shutdown()
             sweep_stale()
             shutil.rmtree(folder, ignore_errors=True)

@@ -5,6 +5,7 @@ import asyncio
 import json
 import os
 import resource
+import secrets
 import sys
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -65,7 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--rounds", type=_positive_int, default=1, metavar="N", help="of the load, on each server in turn")
     run.add_argument("--warmup", type=int, default=1, metavar="N", help="requests to each server before (default 1)")
-    run.add_argument("--seed", type=int, default=0, help="of arrivals and prompts")
+    run.add_argument(
+        "--seed",
+        type=int,
+        # Not a constant: a second run with the same prompts would be answered from the prefix cache.
+        default=secrets.randbelow(2**31),
+        help="of arrivals and prompts (default: a new one each run)",
+    )
     run.add_argument("--timeout", type=float, default=600.0, metavar="S", help="a longer request failed (default 600)")
     out = parser.add_argument_group("output")
     out.add_argument("--json", type=Path, metavar="FILE", help="write all figures")

@@ -146,9 +146,9 @@ class Scheduler:
         """A step raised on a stage: its writes are void. Its sequences wait to be computed again from their tokens,
         each alone until it has a new token: one may be to blame, and the others shall not fail with it again.
 
-        What earlier steps computed stays in the prefix cache. ``Sequence.num_failed_steps`` counts the failures
-        since its last token, so that the caller can end those that fail again. Blocks go back at once: no stage may execute the step any
-        more after a step that is scheduled from now on.
+        What earlier steps computed stays in the prefix cache. ``Sequence.num_failed_steps`` counts the failures since
+        its last token, so that the caller can end those that fail again. Blocks go back at once: no stage may execute
+        the step any more after a step that is scheduled from now on.
 
         Returns:
             One update without tokens for each row, in order; nothing for a step that is not in flight.

@@ -14,8 +14,9 @@ from flexpipe_serve.model.source import ModelSpec
 def fastest_linear(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> str:
     """The fastest kind for the model's shapes, measured once on this machine.
 
-    On one thread: the order of the kinds is the same with more, and other work on the cores disturbs it less. One process measures while the others wait for its answer: all stages must agree, so that a layer gives the same
-    bits on whichever it runs.
+    On one thread: the order of the kinds is the same with more, and other work on the cores disturbs it less. One
+    process measures while the others wait for its answer: all stages must agree, so that a layer gives the same bits
+    on whichever it runs.
     """
     folder = cache_home() / "linear"
     folder.mkdir(parents=True, exist_ok=True)

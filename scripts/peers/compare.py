@@ -66,6 +66,7 @@ class Contender:
     can_pause: bool = True
     versions: dict[str, str] = field(default_factory=dict)
     process: ServerProcess | None = None
+    launched: Launch | None = None
     failure: str | None = None
     starts_s: list[float] = field(default_factory=list)
     peak_resident_bytes: int = 0
@@ -176,7 +177,7 @@ def _start(
 ) -> None:
     port = _free_port()
     contender.url = f"http://127.0.0.1:{port}"
-    launched = launch(port)
+    contender.launched = launched = launch(port)
     plan.logs.mkdir(parents=True, exist_ok=True)
     log = plan.logs / f"{contender.name}.log"
     contender.process = ServerProcess(launched.command, env=launched.env, log=log)

@@ -41,6 +41,7 @@ def to_json(contenders: Sequence[Contender], settings: dict[str, Any]) -> dict[s
         "servers": {
             contender.name: {
                 "versions": contender.versions,
+                "launched": contender.launched and asdict(contender.launched),
                 "failure": contender.failure,
                 "starts_s": contender.starts_s,
                 "peak_resident_bytes": contender.peak_resident_bytes,

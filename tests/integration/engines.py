@@ -65,9 +65,7 @@ async def collect(
 ) -> list[list[SequenceOutput]]:
     """All outputs of a request, by sequence."""
     outputs: list[list[SequenceOutput]] = [[] for _ in range(n)]
-    generation = engine.generate(
-        request_id=request_id or uuid.uuid4().hex, prompt_token_ids=prompt, params=params, n=n
-    )
+    generation = engine.generate(request_id=request_id or uuid.uuid4().hex, prompt_token_ids=prompt, params=params, n=n)
     async with contextlib.aclosing(generation) as stream:
         async for output in stream:
             outputs[output.index].append(output)
@@ -86,5 +84,3 @@ def generate_all(engine: Engine, prompts: Sequence[Sequence[int]], params: Sampl
         return await asyncio.gather(*(collect(engine, prompt, params) for prompt in prompts))
 
     return [tokens_of(outputs[0]) for outputs in asyncio.run(run())]
-
-

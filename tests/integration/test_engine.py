@@ -53,12 +53,6 @@ def greedy(num_tokens: int, **kwargs: object) -> SamplingParams:
     return SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, **kwargs)  # type: ignore[arg-type]
 
 
-async def until_idle(engine: Engine) -> None:
-    """Every command before this one has been carried out and nothing runs."""
-    while (await asyncio.wrap_future(engine._loop.call(lambda: engine._loop.scheduler.is_idle))) is False:
-        await asyncio.sleep(0.01)
-
-
 def assert_nothing_held(engine: Engine) -> None:
     engine._loop.call(engine._loop.scheduler.check_integrity).result()
     stats = engine._loop.scheduler.stats()
@@ -101,7 +95,7 @@ def test_a_client_that_leaves_gives_all_blocks_back(engine: Engine) -> None:
         await asyncio.gather(*(leave_after(i) for i in range(1, 9)))
         tokens = tokens_of((await neighbour)[0])
         assert [tokens] == await asyncio.to_thread(generate_all, engine, [prompt_of(9, seed=9)], greedy(60))
-        await until_idle(engine)
+        await collect(engine, prompt_of(3), greedy(4))  # every step of before is over by then
 
     asyncio.run(run())
     assert_nothing_held(engine)
