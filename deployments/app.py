@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -46,13 +47,12 @@ class Router:
     """
 
     def __init__(self, args: dict[str, Any]) -> None:
+        self._engine: Engine | None = None  # first: __del__ needs it, whatever fails below
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._args = parse(ServeArgs, args)
         self._api_keys = _resolve_keys(self._args.api_keys)
-        self._engine: Engine | None = None
         self._spec: ModelSpec | None = None
         self._user_config = UserConfig()
-        self._config_error: str | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(self._get_engine, get_limits=self._get_limits, api_keys=self._api_keys)
@@ -68,14 +68,9 @@ class Router:
             self._user_config = config
             return
         try:
-            config = parse(UserConfig, user_config)
-            self._change(config)
+            self._change(parse(UserConfig, user_config))
         except ConfigError as error:
-            logger.error("user_config refused, the former one stays: %s", error)
-            self._config_error = str(error)
-            return
-        self._user_config = config
-        self._config_error = None
+            self._refuse(error)
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises; a lost stage is no reason, the engine replaces that itself."""
@@ -108,10 +103,21 @@ class Router:
         assert self._engine is not None
         assert self._spec is not None
         layout = layout_of(config.layout, num_layers=self._spec.num_layers)
-        if config.limits != self._user_config.limits:
-            self._engine.set_max_waiting(config.limits.max_waiting)
-        if layout != self._engine.layout:
-            self._engine.set_layout(layout)
+        self._engine.config_error = None
+        self._user_config = config
+        self._engine.set_max_waiting(config.limits.max_waiting)
+        # Not awaited: while stages load, the next user_config must be able to come through.
+        self._engine.set_layout(layout).add_done_callback(self._on_layout_changed)
+
+    def _on_layout_changed(self, change: Future[None]) -> None:
+        error = change.exception()
+        if error is not None:
+            self._refuse(error)
+
+    def _refuse(self, error: BaseException) -> None:
+        assert self._engine is not None
+        logger.error("user_config refused, what was in force stays: %s", error)
+        self._engine.config_error = str(error)
 
     def _get_engine(self) -> Engine:
         if self._engine is None:

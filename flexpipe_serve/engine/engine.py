@@ -18,7 +18,7 @@ from flexpipe_serve.engine.scheduler import Scheduler
 from flexpipe_serve.engine.scheduler_config import SchedulerConfig
 from flexpipe_serve.engine.step_loop import StepLoop
 from flexpipe_serve.engine.stream import RequestStream
-from flexpipe_serve.errors import EngineUnavailableError
+from flexpipe_serve.errors import ConfigError, EngineUnavailableError
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.model.tokenizer import ModelTokenizer
 from flexpipe_serve.pipeline.layout import Layout
@@ -65,6 +65,8 @@ class Engine:
         self._sign_of_life_s = sign_of_life_s
         self._reports: list[StageReport] = []
         self._unavailable: str | None = "the pipeline has not started."
+        self.config_error: str | None = None
+        """Why the latest change of the configuration was refused; shown in the status."""
 
     # ------------------------------------------------------------------ for clients
 
@@ -115,6 +117,7 @@ class Engine:
             "model": self.model.name,
             "state": "serving" if self._unavailable is None else "unavailable",
             "reason": self._unavailable,
+            "config_error": self.config_error,
             "epoch": self._pipeline.epoch,
             "layout": {
                 "num_layers": layout.num_layers if layout else 0,
@@ -171,8 +174,11 @@ class Engine:
             raise EngineUnavailableError("the engine thread has ended.")
 
     def set_layout(self, layout: Layout) -> Future[None]:
-        """Serve through another layout: the pipeline is rebuilt, running sequences are replayed from their tokens."""
-        return self._control.submit(self._rebuild, layout, "the layout is changing.")
+        """Serve through another layout: the pipeline is rebuilt, running sequences are replayed from their tokens.
+
+        Where the layout does not fit into the memory the future fails with ConfigError and the former one is back.
+        """
+        return self._control.submit(self._change_layout, layout)
 
     def set_max_waiting(self, max_waiting: int) -> None:
         """A new bound of the waiting queue, from the next request on."""
@@ -191,6 +197,23 @@ class Engine:
         self._reports = self._pipeline.reports()
         self._loop.resume(num_stages=layout.num_stages, num_blocks=num_blocks).result()
         self._unavailable = None
+
+    def _change_layout(self, layout: Layout) -> None:
+        former = self._pipeline.layout
+        assert former is not None
+        if layout == former:
+            return
+        reason = "the layout is changing."
+        try:
+            self._unavailable = reason
+            self._loop.pause().result()
+            self._bring_up(layout)
+        except ConfigError:
+            self._rebuild(former, reason)
+            raise
+        except EngineUnavailableError:
+            logger.exception("the layout could not be changed at once")
+            self._rebuild(layout, reason)
 
     def _rebuild(self, layout: Layout, reason: str) -> None:
         """Bring the pipeline up again, however often it takes; requests wait meanwhile."""
@@ -211,9 +234,16 @@ class Engine:
         logger.error("stage %s is lost: %s", name, reason)
         self._unavailable = f"stage {name!r} was lost and is being replaced."
         self._pipeline.forget(name)
+        if self._pipeline.layout is not None:  # else its start is under way and fails by itself
+            self._control.submit(self._replace_lost, self._unavailable)
+
+    def _replace_lost(self, reason: str) -> None:
+        # The layout may have changed since the loss, and that may have replaced the stage.
         layout = self._pipeline.layout
-        if layout is not None:  # else its start is under way and fails by itself
-            self._control.submit(self._rebuild, layout, self._unavailable)
+        if layout is None or self._pipeline.is_complete:
+            self._unavailable = None
+        else:
+            self._rebuild(layout, reason)
 
     def _speak_to_stages(self) -> None:
         while not self._stopping.wait(self._sign_of_life_s):

@@ -129,6 +129,11 @@ class Pipeline:
         """A stage is lost: the next ``start`` makes a new one of that name."""
         self._stages.pop(name, None)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every stage of the layout in force is there, as far as is known."""
+        return self.layout is not None and self._stages.keys() >= set(self.layout.stages)
+
     def reports(self) -> list[StageReport]:
         """The stages' states in pipeline order; also their sign of life from the Router.
 
