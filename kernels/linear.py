@@ -9,7 +9,6 @@ threads, nor on which other rows are computed with it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -67,7 +66,8 @@ class OneDnnLinear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
         self._bias = bias
-        self._pad_single_row = not _row_alone_has_same_bits(weight.shape[0], weight.shape[1], weight.dtype)
+        self._pad_single_row = False
+        self._pad_single_row = not self._row_alone_has_same_bits()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._pad_single_row and x.shape[0] == 1:
@@ -78,6 +78,16 @@ class OneDnnLinear:
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         # Not oneDNN's own fused addition: calling that takes longer than it saves.
         return self(x).add_(residual)
+
+    def _row_alone_has_same_bits(self) -> bool:
+        """Whether oneDNN computes a single row as it computes the same row among others.
+
+        Where in_features is large (above 1,024 in oneDNN 3) it takes another kernel for one row, which sums in
+        another order. Tried on the weight itself: another one of its shape would take memory and time.
+        """
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, self._weight.shape[1], dtype=self._weight.dtype, generator=generator)
+        return torch.equal(self(x[:1]), self(x)[:1])
 
 
 _KINDS: dict[str, Callable[[torch.Tensor, torch.Tensor | None], Linear]] = {
@@ -113,18 +123,3 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, *, kind:
             f"linear kind {kind!r} does not work on {weight.device} in {weight.dtype}; use one of {', '.join(kinds)}."
         )
     return _KINDS[kind](weight, bias)
-
-
-@lru_cache
-def _row_alone_has_same_bits(out_features: int, in_features: int, dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes a single row as it computes the same row among others.
-
-    Where in_features is large (above 1,024 in oneDNN 3) it takes another kernel for one row, which sums in another
-    order.
-    """
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(out_features, in_features, dtype=dtype, generator=generator)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-    x = torch.randn(2, in_features, dtype=dtype, generator=generator)
-    one, two = (torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "") for rows in (x[:1], x))
-    return torch.equal(one, two[:1])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flexpipe_serve.errors import UnsupportedModelError
-from flexpipe_serve.kernels.elementwise import interleave_halves, rms_norm, rotary_factors, rotate_pairs_, swiglu
+from flexpipe_serve.kernels.elementwise import interleave_halves, rms_norm, rotate_pairs_, swiglu
 from flexpipe_serve.kernels.linear import Linear, pack_linear
 from flexpipe_serve.model.layer import StepContext
 
@@ -72,10 +72,6 @@ class FusedLayer:
             self._head_norms = torch.cat((q_norm.expand(num_heads, -1), k_norm.expand(num_kv_heads, -1)))
         if weights:
             raise UnsupportedModelError(f"The checkpoint has layer weights nothing would compute: {sorted(weights)}.")
-
-    @staticmethod
-    def prepare_rotary(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return rotary_factors(cos[0], sin[0])
 
     def forward(self, hidden: torch.Tensor, context: StepContext, kv: torch.Tensor) -> torch.Tensor:
         num_tokens = hidden.shape[0]

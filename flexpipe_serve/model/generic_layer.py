@@ -77,10 +77,6 @@ class GenericLayer:
                 parent = module.get_submodule(name.rpartition(".")[0])
                 setattr(parent, name.rpartition(".")[2], _PackedLinear(child, kind=linear))
 
-    @staticmethod
-    def prepare_rotary(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return cos, sin
-
     def forward(self, hidden: torch.Tensor, context: StepContext, kv: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self._module(
             hidden.unsqueeze(0), position_embeddings=context.rotary, attention_mask=None, step=context, segment=kv

@@ -15,7 +15,7 @@ class StepContext:
     """What all layers of one step share."""
 
     rotary: Any
-    """Rotary embedding of the step's positions, as the layer class's ``prepare_rotary`` gives it."""
+    """Rotary embedding of the step's positions, as the model's LayerMaker gives it."""
     attention: AttentionBackend
     plan: Any
     """Of the attention backend."""
@@ -26,11 +26,6 @@ class DecoderLayer(Protocol):
 
     num_bytes: int
     """Memory that its weights take."""
-
-    @staticmethod
-    def prepare_rotary(cos: torch.Tensor, sin: torch.Tensor) -> Any:
-        """Turns transformers' rotary embedding, [1, num_tokens, rotary_dim] each, into what the layers use."""
-        ...
 
     def forward(self, hidden: torch.Tensor, context: StepContext, kv: torch.Tensor) -> torch.Tensor:
         """Hidden states [num_tokens, hidden_size] after the layer; ``kv`` is the layer's segment."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from flexpipe_serve.errors import ConfigError, UnsupportedModelError
 from flexpipe_serve.model.demo import DEMO_NAME, ensure_demo
-from flexpipe_serve.model.support import FAMILIES, Family, check_supported
+from flexpipe_serve.model.support import FAMILIES, Family, check_supported, rope_fields, rope_type
 from flexpipe_serve.model.tensor_index import TensorInfo, count_layer_elements, read_tensor_index
 
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
@@ -54,6 +54,15 @@ def resolve_source(source: str) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DefaultRope:
+    """Rotary embedding that is not scaled: dimension i of half ``dim`` turns by ``theta ** (-2 i / dim)`` a token."""
+
+    theta: float
+    dim: int
+    """How many dimensions of a head are rotated."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Static facts of one model, from its configuration and the headers of its weights."""
 
@@ -75,6 +84,11 @@ class ModelSpec:
     """Number of weights of each layer."""
     embedding_elements: int
     norm_elements: int
+    norm_eps: float
+    fused: bool
+    """Whether FusedLayer computes the layers; else transformers' own do."""
+    default_rope: DefaultRope | None
+    """Rotary embedding of fused layers; None: it is scaled, and transformers' own module computes it."""
 
     @property
     def family(self) -> Family:
@@ -129,10 +143,11 @@ def load_spec(path: Path | str, *, max_model_len: int | None = None) -> ModelSpe
     model_limit = config.get("max_position_embeddings")
     limit = model_limit if max_model_len is None else max_model_len
     # First of all: an unknown architecture may lack every other field.
-    check_supported(config, max_model_len=limit or 0)
+    family = check_supported(config, max_model_len=limit or 0)
     if not isinstance(limit, int) or not 1 <= limit <= _int(config, "max_position_embeddings"):
         raise ConfigError(f"max_model_len is {limit}; this model permits 1 to {model_limit}.")
 
+    fused = family.fused and config.get("hidden_act", "silu") == "silu"
     index = read_tensor_index(path)
     num_layers, hidden_size = _int(config, "num_hidden_layers"), _int(config, "hidden_size")
     elements = count_layer_elements(index)
@@ -170,6 +185,9 @@ def load_spec(path: Path | str, *, max_model_len: int | None = None) -> ModelSpe
         layer_elements=tuple(elements[layer] for layer in range(num_layers)),
         embedding_elements=index[EMBEDDING_NAME].num_elements,
         norm_elements=index[NORM_NAME].num_elements,
+        norm_eps=_float(config, "rms_norm_eps", family.default_norm_eps),
+        fused=fused,
+        default_rope=_default_rope(config, family, head_dim) if fused else None,
     )
 
 
@@ -191,6 +209,14 @@ def _intermediate_size(config: Mapping[str, Any]) -> int:
     return width * int(config.get("num_experts_per_tok") or 1)
 
 
+def _default_rope(config: Mapping[str, Any], family: Family, head_dim: int) -> DefaultRope | None:
+    if rope_type(config) != "default":
+        return None
+    fields = {**config, **rope_fields(config)}
+    factor = _float(fields, "partial_rotary_factor", 1.0) if family.partial_rotary else 1.0
+    return DefaultRope(theta=_float(fields, "rope_theta", 10_000.0), dim=int(head_dim * factor))
+
+
 def _eos_token_ids(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
     generation = path / "generation_config.json"
     ids: set[int] = set()
@@ -205,6 +231,13 @@ def _int(config: Mapping[str, Any], field: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise ConfigError(f"config.json has {field} = {value!r}; it must be a positive integer.")
     return value
+
+
+def _float(config: Mapping[str, Any], field: str, default: float) -> float:
+    value = config.get(field, default)
+    if not isinstance(value, int | float) or value <= 0:
+        raise ConfigError(f"config.json has {field} = {value!r}; it must be a positive number.")
+    return float(value)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -6,17 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import embedding
 
 from flexpipe_serve.kernels.attention import AttentionBackend
+from flexpipe_serve.kernels.elementwise import rms_norm
 from flexpipe_serve.kernels.linear import Linear, pack_linear
 from flexpipe_serve.model.checkpoint import Checkpoint
 from flexpipe_serve.model.freed_memory import return_freed_memory
-from flexpipe_serve.model.fused_layer import FusedLayer
-from flexpipe_serve.model.generic_layer import GenericLayer
 from flexpipe_serve.model.layer import DecoderLayer, StepContext
-from flexpipe_serve.model.skeleton import Skeleton
+from flexpipe_serve.model.layer_maker import make_layer_maker
 from flexpipe_serve.model.source import EMBEDDING_NAME, HEAD_NAME, NORM_NAME, ModelSpec
 
 
@@ -53,12 +51,10 @@ class StageModel:
         self._attention = attention
         self._linear = linear
         self._checkpoint = Checkpoint(spec.path)
-        self._skeleton = Skeleton(spec)
-        self._rotary: Any = self._skeleton.rotary(device)
-        self._layer_class = FusedLayer if self._fuses() else GenericLayer
+        self._maker = make_layer_maker(spec, device=device, linear=linear)
         self._layers: dict[int, DecoderLayer] = {}
         self._embedding: torch.Tensor | None = None
-        self._norm: nn.Module | None = None
+        self._norm: torch.Tensor | None = None
         self._head: Linear | None = None
         self._ends_bytes = 0
         self.hold(layers, is_first=is_first, is_last=is_last)
@@ -87,7 +83,7 @@ class StageModel:
     def load_layer(self, layer: int) -> None:
         """Read one layer's weights; it takes part from the next forward on."""
         tensors = self._checkpoint.read_layer(layer, device=self._device, dtype=self._dtype)
-        self._layers = {**self._layers, layer: self._make_layer(layer, tensors)}
+        self._layers = {**self._layers, layer: self._maker.make(layer, tensors)}
 
     def drop_layer(self, layer: int) -> None:
         """Give one layer's memory back. Raises KeyError if it is not held."""
@@ -111,8 +107,8 @@ class StageModel:
             Hidden states [num_tokens, hidden_size], before the final norm.
         """
         hidden = inputs if self._embedding is None else embedding(inputs, self._embedding)
-        cos, sin = self._rotary(hidden, positions.unsqueeze(0))
-        context = StepContext(rotary=self._layer_class.prepare_rotary(cos, sin), attention=self._attention, plan=plan)
+        rotary = self._maker.rotary(hidden, positions)
+        context = StepContext(rotary=rotary, attention=self._attention, plan=plan)
         layers = self._layers
         for index in sorted(layers):
             hidden = layers[index].forward(hidden, context, kv[index])
@@ -123,25 +119,7 @@ class StageModel:
         """Logits float32 [n, vocab_size] of hidden states [n, hidden_size]; on the last stage only."""
         assert self._norm is not None
         assert self._head is not None, "only the last stage has logits"
-        return self._head(self._norm(hidden)).float()
-
-    def _fuses(self) -> bool:
-        return self._spec.family.fused and self._skeleton.config.hidden_act == "silu"
-
-    def _make_layer(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> DecoderLayer:
-        spec = self._spec
-        if self._layer_class is GenericLayer:
-            module = self._skeleton.layer(layer)
-            return GenericLayer(module, tensors, experts=spec.family.experts, linear=self._linear)
-        return FusedLayer(
-            tensors,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            rotary_dim=2 * self._rotary.inv_freq.numel(),
-            eps=self._skeleton.config.rms_norm_eps,
-            linear=self._linear,
-        )
+        return self._head(rms_norm(hidden, self._norm, self._spec.norm_eps)).float()
 
     def _load_ends(self, *, is_first: bool, is_last: bool) -> None:
         self._embedding = self._norm = self._head = None
@@ -152,7 +130,7 @@ class StageModel:
         if is_first:
             self._embedding = tensors[EMBEDDING_NAME]
         if is_last:
-            self._norm = self._skeleton.norm(tensors[NORM_NAME])
+            self._norm = tensors[NORM_NAME]
             self._head = pack_linear(tensors[head_name], kind=self._linear)
             if is_first and self._spec.tied_embeddings and self._linear != "plain":
                 # Packed, the head is a copy; with plain weights one matrix serves both ends of a single stage.

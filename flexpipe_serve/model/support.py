@@ -33,6 +33,10 @@ class Family:
     """``sliding_window`` where the configuration does not say."""
     window_switch: bool = False
     """Whether the window only counts with ``use_sliding_window``."""
+    default_norm_eps: float = 1e-6
+    """``rms_norm_eps`` where the configuration does not say."""
+    partial_rotary: bool = False
+    """Whether ``partial_rotary_factor`` counts where rope is not scaled."""
     experts: ExpertNames | None = None
 
 
@@ -43,10 +47,12 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(fused=True, default_window=4096),
     "qwen2": Family(fused=True, default_window=4096, window_switch=True),
     "qwen3": Family(fused=True, default_window=4096, window_switch=True),
-    "phi3": Family(fused=True),
-    "olmo2": Family(fused=False),
+    "phi3": Family(fused=True, default_norm_eps=1e-5, partial_rotary=True),
+    "olmo2": Family(fused=False, default_norm_eps=1e-5),
     "mixtral": Family(
-        fused=False, experts=ExpertNames(checkpoint_prefix="block_sparse_moe", gate="w1", up="w3", down="w2")
+        fused=False,
+        default_norm_eps=1e-5,
+        experts=ExpertNames(checkpoint_prefix="block_sparse_moe", gate="w1", up="w3", down="w2"),
     ),
     "qwen2_moe": Family(fused=False, default_window=4096, window_switch=True, experts=_QWEN_EXPERTS),
     "qwen3_moe": Family(fused=False, default_window=4096, window_switch=True, experts=_QWEN_EXPERTS),
@@ -100,6 +106,17 @@ def check_supported(config: Mapping[str, Any], *, max_model_len: int) -> Family:
     return family
 
 
+def rope_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameters of the rotary embedding, under the name that transformers prefers of the old and the new one."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
+def rope_type(config: Mapping[str, Any]) -> str:
+    """How rotations are scaled beyond the length trained on; ``default``: not at all."""
+    rope = rope_fields(config)
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
 def _check_layers_alike(config: Mapping[str, Any]) -> None:
     others = sorted(set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
     if others:
@@ -120,16 +137,16 @@ def _check_window(config: Mapping[str, Any], family: Family, max_model_len: int)
 
 
 def _check_rope(config: Mapping[str, Any], max_model_len: int) -> None:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope_fields(config)
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise UnsupportedModelError("rope_parameters differ by layer type: only one rotary embedding is served.")
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if rope_type not in _ROPE_TYPES:
+    kind = rope_type(config)
+    if kind not in _ROPE_TYPES:
         raise UnsupportedModelError(
-            f"rope_type is {rope_type!r}: its rotations depend on the other sequences of a batch, or it is unknown; "
+            f"rope_type is {kind!r}: its rotations depend on the other sequences of a batch, or it is unknown; "
             f"served are {', '.join(_ROPE_TYPES)}."
         )
-    if rope_type == "longrope":
+    if kind == "longrope":
         original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
         if original is None or max_model_len > original:
             raise UnsupportedModelError(
