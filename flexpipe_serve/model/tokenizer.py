@@ -1,7 +1,7 @@
 """Text to token ids and back, and a model's chat template, without importing torch.
 
-transformers' ``AutoTokenizer`` would import torch (2 s and 300 MB in the Router). Its parts that matter here come
-without: the ``tokenizers`` library, and the sandboxed renderer of chat templates.
+transformers' ``AutoTokenizer`` would import torch (2 s and 300 MB in the Router). The part of it that matters here
+comes without: the ``tokenizers`` library.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 import jinja2
 import tokenizers
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from flexpipe_serve.errors import ConfigError, InvalidRequestError
+from flexpipe_serve.model.chat_template import ChatTemplate
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-# A template is a program that comes with the model: what it raises for some messages is about those messages.
+# What a template raises for some messages is about those messages.
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -61,7 +61,8 @@ class ModelTokenizer:
         self._special_tokens = {
             name: _content(config[name]) for name in _SPECIAL_TOKENS if config.get(name) is not None
         }
-        self._chat_template = _chat_template(folder, config)
+        source = _chat_template_source(folder, config)
+        self._chat_template = None if source is None else ChatTemplate(source)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; with ``add_special_tokens`` what the model wants around a text is added."""
@@ -88,16 +89,16 @@ class ModelTokenizer:
             )
         variables = {"add_generation_prompt": True, **self._special_tokens, **kwargs}
         try:
-            texts, _ = render_jinja_template([list(messages)], chat_template=self._chat_template, **variables)
+            text = self._chat_template.render(messages, **variables)
         except _TEMPLATE_ERRORS as error:
             raise InvalidRequestError(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
         # The template writes the special tokens itself.
-        return self.encode(texts[0], add_special_tokens=False)
+        return self.encode(text, add_special_tokens=False)
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _chat_template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text()
