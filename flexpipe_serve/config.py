@@ -75,8 +75,10 @@ class ServeArgs(_Strict):
         " By default 60 % of what is free on a CPU, 90 % of what is free on a GPU.",
     )
     kv: KVConfig = Field(default_factory=KVConfig, description="The KV cache.")
-    attention: Literal["auto", "torch", "flash_attn"] = Field(
-        "auto", description="Attention kernels. 'auto': flash_attn on CUDA where installed, else torch."
+    attention: Literal["auto", "torch", "native", "flash_attn"] = Field(
+        "auto",
+        description="Attention kernels. 'auto': flash_attn on CUDA where installed, native on a CPU with a C++ compiler"
+        " (float32), else torch.",
     )
     scheduler: SchedulerArgs = Field(default_factory=SchedulerArgs, description="Batching.")
     api_keys: tuple[str, ...] = Field(

@@ -7,13 +7,15 @@ import torch
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.kernels import flash_attention
 from flexpipe_serve.kernels.attention import AttentionBackend
+from flexpipe_serve.kernels.native import native_library
+from flexpipe_serve.kernels.native_attention import NativeAttention
 from flexpipe_serve.kernels.torch_attention import TorchAttention
 
-ATTENTION_NAMES = ("auto", "torch", "flash_attn")
+ATTENTION_NAMES = ("auto", "torch", "native", "flash_attn")
 
 
 def get_attention_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """The backend called ``name``; ``auto`` takes flash-attn where it can run, else torch.
+    """The backend called ``name``; ``auto`` takes flash-attn or native where they can run, else torch.
 
     Raises:
         ConfigError: there is no such backend, or it cannot run on this device.
@@ -27,8 +29,17 @@ def get_attention_backend(name: str, *, device: torch.device, dtype: torch.dtype
             "capability 8.0 or more, float16 or bfloat16, and the flash-attn package "
             "(pip install 'flexpipe-serve[gpu]'); use 'torch' or 'auto'."
         )
-    if flash_runs and name != "torch":
+    if flash_runs and name in ("auto", "flash_attn"):
         return flash_attention.FlashAttention()
+    if name in ("auto", "native"):
+        library = native_library() if device.type == "cpu" and dtype == torch.float32 else None
+        if library is not None:
+            return NativeAttention(library)
+        if name == "native":
+            raise ConfigError(
+                f"attention backend native cannot run on {device} in {dtype}: it needs a CPU, float32 and a C++ "
+                "compiler (g++; a warning in the log says why compiling failed); use 'torch' or 'auto'."
+            )
     return TorchAttention(dtype=dtype)
 
 

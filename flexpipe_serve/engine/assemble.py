@@ -121,6 +121,6 @@ def build_engine(
 def _attention(name: str, device: str) -> str:
     if name == "flash_attn" and device != "cuda":
         raise ConfigError(f"attention is 'flash_attn', but the device is {device!r}; use 'auto' or 'torch'.")
-    if name == "auto":
-        return "flash_attn" if device == "cuda" and importlib.util.find_spec("flash_attn") else "torch"
-    return name
+    if name == "auto" and device == "cuda":
+        return "flash_attn" if importlib.util.find_spec("flash_attn") else "torch"
+    return name  # 'auto' on a CPU: the stage knows whether its kernels can be compiled
