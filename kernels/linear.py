@@ -1,9 +1,9 @@
 """The linear maps of a layer, with their weights laid out for the machine.
 
-Three layouts, all of them torch's own. Which is fastest differs by machine, so it is measured
+Three layouts of torch's own and one of the kernels in ``csrc``. Which is fastest differs by machine, so it is measured
 (``flexpipe_serve.kernels.linear_choice``). All stages of a pipeline use the same one: then a layer computes the same
-bits on whichever stage it runs. ``onednn`` has one more virtue: the bits of a row do not depend on the number of
-threads, nor on which other rows are computed with it.
+bits on whichever stage it runs. ``native`` and ``onednn`` have one more virtue: the bits of a row do not depend on the
+number of threads, nor on which other rows are computed with it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from torch.nn.functional import linear
 
 from flexpipe_serve.errors import ConfigError
+from flexpipe_serve.kernels.native import native_library
+from flexpipe_serve.kernels.native_linear import NativeLinear
 
 
 class Linear(Protocol):
@@ -90,10 +92,17 @@ class OneDnnLinear:
         return torch.equal(self(x[:1]), self(x)[:1])
 
 
+def _native_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    library = native_library()
+    assert library is not None, "only called where the kind is available"
+    return NativeLinear(library, weight, bias)
+
+
 _KINDS: dict[str, Callable[[torch.Tensor, torch.Tensor | None], Linear]] = {
     "plain": PlainLinear,
     "transposed": TransposedLinear,
     "onednn": OneDnnLinear,
+    "native": _native_linear,
 }
 
 
@@ -101,9 +110,11 @@ def available_kinds(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]
     """Kinds of linear that work on the device, the one to prefer between equals first."""
     if device.type != "cpu":
         return ("plain",)
-    if dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return ("onednn", "transposed", "plain")
-    return ("plain", "transposed")
+    if dtype != torch.float32:
+        return ("plain", "transposed")
+    native = ("native",) if native_library() is not None else ()
+    onednn = ("onednn",) if torch.backends.mkldnn.is_available() else ()  # type: ignore[no-untyped-call]
+    return (*native, *onednn, "transposed", "plain")
 
 
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, *, kind: str) -> Linear:

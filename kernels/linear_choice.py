@@ -34,12 +34,21 @@ def choose_linear(
     Args:
         shapes: (out_features, in_features) of one layer's maps.
         num_threads: CPU threads that a stage will use.
-        cache_folder: where answers are kept, one file for each machine, torch, dtype, thread count and set of shapes.
+        cache_folder: where answers are kept, one file for each machine, torch, dtype, thread count, set of kinds and
+            of shapes.
     """
     kinds = available_kinds(device, dtype)
     if len(kinds) == 1 or not shapes:
         return kinds[0]
-    key = [_cpu_model(), torch.backends.cpu.get_cpu_capability(), torch.__version__, str(dtype), num_threads, *shapes]
+    key = [
+        _cpu_model(),
+        torch.backends.cpu.get_cpu_capability(),
+        torch.__version__,
+        str(dtype),
+        num_threads,
+        kinds,
+        *shapes,
+    ]
     file = cache_folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     remembered = _read(file)
     if remembered in kinds:

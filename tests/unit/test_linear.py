@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.kernels import linear_choice
@@ -32,12 +35,18 @@ def test_kinds_agree(kind: str, with_bias: bool, num_rows: int, out_features: in
     assert torch.equal(residual, kept)
 
 
-@pytest.mark.skipif("onednn" not in KINDS, reason="this torch has no oneDNN")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("onednn", marks=pytest.mark.skipif("onednn" not in KINDS, reason="this torch has no oneDNN")),
+        pytest.param("native", marks=pytest.mark.skipif("native" not in KINDS, reason="the kernels do not compile")),
+    ],
+)
 @pytest.mark.parametrize("in_features", [576, 1024, 1536, 3000])
-def test_onednn_bits_depend_neither_on_threads_nor_on_other_rows(in_features: int) -> None:
+def test_bits_depend_neither_on_threads_nor_on_other_rows(kind: str, in_features: int) -> None:
     """What makes a request's tokens independent of what it is batched with, as far as linear maps go."""
     torch.manual_seed(0)
-    packed = pack_linear(torch.randn(320, in_features), kind="onednn")
+    packed = pack_linear(torch.randn(320, in_features), kind=kind)
     x = torch.randn(70, in_features)
     threads = torch.get_num_threads()
     try:
@@ -49,6 +58,53 @@ def test_onednn_bits_depend_neither_on_threads_nor_on_other_rows(in_features: in
         torch.set_num_threads(threads)
     for num_rows in (1, 2, 3, 8, 17, 64):
         assert torch.equal(packed(x[:num_rows]), expected[:num_rows]), num_rows
+
+
+@pytest.mark.skipif("native" not in KINDS, reason="the kernels do not compile")
+@given(
+    num_rows=st.integers(1, 230),
+    out_features=st.integers(1, 150),
+    in_features=st.integers(1, 200),
+    with_bias=st.booleans(),
+    num_threads=st.integers(1, 4),
+)
+@settings(max_examples=150, deadline=None)
+def test_native_of_any_shape(
+    num_rows: int, out_features: int, in_features: int, with_bias: bool, num_threads: int
+) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    bias = torch.randn(out_features, generator=generator) if with_bias else None
+    x = torch.randn(num_rows, in_features, generator=generator)
+    residual = torch.randn(num_rows, out_features, generator=generator)
+    packed = pack_linear(weight.clone(), bias, kind="native")
+    expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(num_threads)
+        y, sums = packed(x), packed.add_to(residual, x)
+    finally:
+        torch.set_num_threads(threads)
+    assert (y - expected).abs().max() < 1e-4
+    assert (sums - (residual + expected)).abs().max() < 1e-4
+    row = num_rows // 2
+    assert torch.equal(packed(x[row : row + 1]), y[row : row + 1])
+
+
+@pytest.mark.skipif("native" not in KINDS, reason="the kernels do not compile")
+def test_native_from_several_threads_at_once() -> None:
+    """Stages of one process compute at the same time; helpers serve one of them."""
+    torch.manual_seed(0)
+    packed = pack_linear(torch.randn(600, 300), kind="native")
+    inputs = [torch.randn(9, 300) for _ in range(4)]
+    expected = [packed(x) for x in inputs]
+
+    def compute(index: int) -> bool:
+        torch.set_num_threads(2)
+        return all(torch.equal(packed(inputs[index]), expected[index]) for _ in range(300))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(compute, range(4)))
 
 
 def test_unknown_kind_lists_what_works() -> None:
