@@ -66,7 +66,7 @@ def cluster_folder() -> Iterator[str]:
 def running_cluster(folder: str) -> Iterator[str]:
     """Ray on this machine; gone afterwards, with Serve and its applications. Gives the dashboard's URL."""
     import ray
-    from ray import serve
+    from ray import serve  # noqa: F401 - configures its logger
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
@@ -82,11 +82,18 @@ def running_cluster(folder: str) -> Iterator[str]:
         yield f"http://{context.dashboard_url}"
     finally:
         with _no_interrupts():
-            with contextlib.suppress(Exception):  # the cluster goes next, whatever state Serve is in
-                for app in serve.status().applications:
-                    serve.delete(app)
+            if ray.is_initialized():  # else Serve would start a Ray of its own to ask
+                _delete_applications()
             ray.shutdown()
             sweep_stale()
+
+
+def _delete_applications() -> None:
+    from ray import serve
+
+    with contextlib.suppress(Exception):  # the cluster goes next, whatever state Serve is in
+        for app in serve.status().applications:
+            serve.delete(app)
 
 
 @contextlib.contextmanager

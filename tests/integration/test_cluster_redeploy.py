@@ -1,0 +1,119 @@
+"""``serve deploy`` with another configuration: what changes live, what is refused, what needs a restart."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from safetensors import safe_open
+from served import Served, shared_folder, wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+def with_user_config(config: dict[str, Any], user_config: dict[str, Any]) -> dict[str, Any]:
+    changed = copy.deepcopy(config)
+    changed["applications"][0]["deployments"][0]["user_config"] = user_config
+    return changed
+
+
+def pids(status: dict[str, Any]) -> list[int]:
+    return [stage["pid"] for stage in status["stages"]]
+
+
+def test_layout_and_limits_change_live(served: Served, serve_config: dict[str, Any]) -> None:
+    expected = served.complete("Once upon a time", num_tokens=30)
+    before, router = served.status(), wait_until(served.replica, timeout_s=30, what="the replica")
+    changed = with_user_config(serve_config, {"layout": {"stages": 3}, "limits": {"max_prompt_tokens": 10}})
+    after = served.deploy(changed, until=lambda s: s["layout"]["num_stages"] == 3)
+    assert after["epoch"] == before["epoch"] + 1
+    assert len(after["stages"]) == 3
+    assert pids(after)[:2] == pids(before)
+    assert served.complete("Once upon a time", num_tokens=30) == expected
+    refused = httpx.post(f"{served.base_url}/v1/completions", json={"prompt": [5] * 11, "max_tokens": 1})
+    assert refused.status_code == 400
+    assert "10" in refused.json()["error"]["message"]
+    replica = wait_until(served.replica, timeout_s=30, what="the replica")
+    assert (replica["pid"], replica["replica_id"]) == (router["pid"], router["replica_id"])
+
+
+@pytest.mark.parametrize(
+    ("user_config", "reason"),
+    [
+        ({"layout": {"stages": 2}, "limit": {}}, "did you mean 'limits'"),
+        ({"layout": {"stages": 99}}, "99 stages for 4 layers"),
+    ],
+)
+def test_a_wrong_user_config_is_refused_and_the_replica_goes_on(
+    served: Served, serve_config: dict[str, Any], user_config: dict[str, Any], reason: str
+) -> None:
+    expected = served.complete("Once upon a time", num_tokens=30)
+    before, router = served.status(), wait_until(served.replica, timeout_s=30, what="the replica")
+    after = served.deploy(with_user_config(serve_config, user_config), until=lambda s: s["config_error"])
+    assert reason in after["config_error"]
+    assert after["epoch"] == before["epoch"]
+    assert pids(after) == pids(before)
+    assert served.complete("Once upon a time", num_tokens=30) == expected
+    assert wait_until(served.replica, timeout_s=30, what="the replica")["pid"] == router["pid"]
+    assert served.deploy(serve_config, until=lambda s: s["config_error"] is None)["epoch"] == before["epoch"]
+
+
+def weight_bytes(folder: Path) -> tuple[int, int]:
+    """Bytes of a checkpoint's layers, and of what the two ends of a pipeline hold besides."""
+    layers = rest = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                num_bytes = tensors.get_tensor(name).nbytes
+                layers, rest = (layers + num_bytes, rest) if ".layers." in name else (layers, rest + num_bytes)
+    return layers, rest
+
+
+def anonymous_bytes(process: psutil.Process) -> int:
+    """A process's own memory: no files, no shared memory."""
+    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("Anonymous:")]
+    return int(line.split()[1]) * 1024
+
+
+def test_other_args_give_a_new_replica_whose_stages_hold_their_own_layers_only(
+    served: Served, serve_config: dict[str, Any], demo_model: Path
+) -> None:
+    """The demo model, whose weights are large enough to be seen in the processes."""
+    before, router = served.status(), wait_until(served.replica, timeout_s=30, what="the replica")
+    old_stages = served.stages()
+    config = copy.deepcopy(serve_config)
+    config["applications"][0]["args"]["model"] = {"source": "demo", "name": "demo"}
+    halves = served.deploy(config, until=lambda s: s["model"] == "demo")
+    assert served.complete("The capital of France is", num_tokens=3).strip().startswith("Paris")
+    assert wait_until(served.replica, timeout_s=60, what="the replica")["pid"] != router["pid"]
+    assert not set(pids(halves)) & set(pids(before))
+    assert not psutil.wait_procs(old_stages, timeout=20)[1]
+
+    layers, ends = weight_bytes(demo_model)  # both ends hold the tied matrix
+    assert [stage["weights_bytes"] for stage in halves["stages"]] == pytest.approx([layers / 2 + ends] * 2, rel=0.01)
+
+    uneven = with_user_config(config, {"layout": {"boundaries": [3]}})
+    moved = served.deploy(uneven, until=lambda s: s["layout"]["boundaries"] == [3])
+    assert pids(moved) == pids(halves)
+    few, many = map(anonymous_bytes, served.stages())
+    assert many - few == pytest.approx(layers * (27 - 3) / 30, rel=0.15)
+    assert served.complete("The capital of France is", num_tokens=3).strip().startswith("Paris")
+
+
+def test_a_deleted_application_takes_its_stages_and_their_memory_along(
+    served: Served, serve_config: dict[str, Any]
+) -> None:
+    stages = served.stages()
+    folder = shared_folder(stages[0])
+    assert list(folder.glob("*.kv"))
+    # What `serve.delete` does, for all applications.
+    httpx.delete(f"{served.dashboard}/api/serve/applications/", timeout=60).raise_for_status()
+    assert not psutil.wait_procs(stages, timeout=20)[1]
+    wait_until(lambda: not folder.exists(), timeout_s=20, what="the folder's end")
+    served.deploy(serve_config, until=lambda s: s["model"] == "small")
+    assert served.complete("Once upon a time", num_tokens=5)
