@@ -97,6 +97,7 @@ def _load(path: Path) -> ctypes.CDLL:
         *(pointer, count, pointer, count),
         *(pointer, pointer, threads),
     )
-    for name in ("flexpipe_linear", "flexpipe_attention"):
+    library.flexpipe_layer.argtypes = (*[pointer] * 6, count, threads)
+    for name in ("flexpipe_linear", "flexpipe_attention", "flexpipe_layer"):
         getattr(library, name).restype = None
     return library

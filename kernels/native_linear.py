@@ -28,7 +28,7 @@ class NativeLinear:
     """
 
     def __init__(self, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._library = library
+        self.library = library
         self._num_outputs, num_inputs = weight.shape
         panel = library.flexpipe_panel()
         self._packed = torch.empty(-(-self._num_outputs // panel), num_inputs, panel)
@@ -54,7 +54,7 @@ class NativeLinear:
         x = x.contiguous()
         num_rows = x.shape[0]
         out = torch.empty(num_rows, self._num_outputs)
-        self._library.flexpipe_linear(
+        self.library.flexpipe_linear(
             ctypes.byref(self.struct), x.data_ptr(), num_rows, residual, out.data_ptr(), torch.get_num_threads()
         )
         return out

@@ -15,6 +15,9 @@ import torch
 from flexpipe_serve.errors import UnsupportedModelError
 from flexpipe_serve.kernels.elementwise import interleave_halves, rms_norm, rotate_pairs_, swiglu
 from flexpipe_serve.kernels.linear import Linear, pack_linear
+from flexpipe_serve.kernels.native_attention import NativePlan
+from flexpipe_serve.kernels.native_layer import NativeLayer
+from flexpipe_serve.kernels.native_linear import NativeLinear
 from flexpipe_serve.model.layer import StepContext
 
 
@@ -73,7 +76,30 @@ class FusedLayer:
         if weights:
             raise UnsupportedModelError(f"The checkpoint has layer weights nothing would compute: {sorted(weights)}.")
 
+        self._native: NativeLayer | None = None
+        """The whole layer in one call, where its maps are native."""
+        maps = (self._qkv, self._output, self._gate_up, self._down)
+        if linear == "native":
+            qkv, output, gate_up, down = (linear_map for linear_map in maps if isinstance(linear_map, NativeLinear))
+            self._native = NativeLayer(
+                qkv=qkv,
+                output=output,
+                gate_up=gate_up,
+                down=down,
+                input_norm=self._input_norm,
+                post_attention_norm=self._post_attention_norm,
+                head_norms=self._head_norms,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                rotary_dim=rotary_dim,
+                eps=eps,
+                scale=self._scale,
+            )
+
     def forward(self, hidden: torch.Tensor, context: StepContext, kv: torch.Tensor) -> torch.Tensor:
+        if self._native is not None and isinstance(context.plan, NativePlan):
+            return self._native.forward(hidden, context.rotary, kv=kv, plan=context.plan)
         num_tokens = hidden.shape[0]
         num_rotated = self._num_heads + self._num_kv_heads
         qkv = self._qkv(rms_norm(hidden, self._input_norm, self._eps))

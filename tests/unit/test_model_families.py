@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CONFIGS, make_checkpoint, make_pipeline, reference_logits
+from tiny_models import CONFIGS, CPU, make_checkpoint, make_pipeline, reference_logits
 from transformers import PreTrainedModel
 
 from flexpipe_serve.kernels.linear import available_kinds
+from flexpipe_serve.kernels.registry import get_attention_backend
 from flexpipe_serve.model.support import FAMILIES
 
+KINDS = available_kinds(CPU, torch.float32)
+needs_native = pytest.mark.skipif("native" not in KINDS, reason="the CPU kernels cannot be compiled here")
 TOLERANCE = 1e-4
 LONGROPE_LIMIT = {"phi3-longrope": 48}
 
@@ -28,13 +31,26 @@ def test_every_family_has_a_checkpoint() -> None:
     assert {config["model_type"] for config in CONFIGS.values()} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("boundaries", [(), (1,), (2,), (3,), (1, 2, 3)])
+@pytest.mark.parametrize(
+    ("boundaries", "linear", "attention"),
+    [
+        *((boundaries, "plain", "torch") for boundaries in ((), (1,), (2,), (3,), (1, 2, 3))),
+        pytest.param((2,), "native", "native", marks=needs_native),
+        pytest.param((2,), "native", "torch", marks=needs_native),
+    ],
+)
 def test_ragged_batches_agree_with_transformers(
-    checkpoint: tuple[str, Path, PreTrainedModel], boundaries: tuple[int, ...]
+    checkpoint: tuple[str, Path, PreTrainedModel], boundaries: tuple[int, ...], linear: str, attention: str
 ) -> None:
     """Chunked prefills and decodes of three sequences mixed in every step."""
     name, folder, model = checkpoint
-    pipeline = make_pipeline(folder, boundaries=boundaries, max_model_len=LONGROPE_LIMIT.get(name))
+    pipeline = make_pipeline(
+        folder,
+        boundaries=boundaries,
+        linear=linear,
+        attention=get_attention_backend(attention, device=CPU, dtype=torch.float32),
+        max_model_len=LONGROPE_LIMIT.get(name),
+    )
     generator = torch.Generator().manual_seed(1)
     tokens = [torch.randint(3, 131, (length,), generator=generator).tolist() for length in (19, 9, 30)]
     schedule = [
@@ -63,7 +79,8 @@ def test_greedy_continuation_agrees_with_transformers(checkpoint: tuple[str, Pat
     pipeline = make_pipeline(
         folder,
         boundaries=(2,),
-        linear=available_kinds(torch.device("cpu"), torch.float32)[0],
+        linear=KINDS[0],
+        attention=get_attention_backend("auto", device=CPU, dtype=torch.float32),
         max_model_len=LONGROPE_LIMIT.get(name),
     )
     prompt = [5, 17, 99, 42, 7]

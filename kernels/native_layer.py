@@ -1,0 +1,93 @@
+"""A Llama-like decoder layer in one call of the kernels in ``csrc``.
+
+From Python a layer takes some twenty calls of torch, which cost more than its arithmetic at batch 1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from flexpipe_serve.kernels import native_attention, native_linear
+from flexpipe_serve.kernels.native_attention import NativePlan
+from flexpipe_serve.kernels.native_linear import NativeLinear
+
+
+class _Layer(ctypes.Structure):
+    """``flexpipe::Layer``."""
+
+    _fields_ = (
+        ("qkv", native_linear.Linear),
+        ("output", native_linear.Linear),
+        ("gate_up", native_linear.Linear),
+        ("down", native_linear.Linear),
+        ("input_norm", ctypes.c_void_p),
+        ("post_attention_norm", ctypes.c_void_p),
+        ("head_norms", ctypes.c_void_p),
+        ("heads", native_attention.Heads),
+        ("rotary_dim", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+    )
+
+
+class NativeLayer:
+    """Pre-norm attention and SwiGLU with residuals, float32 on the CPU.
+
+    The bits of a token's result depend on its own sequence alone.
+
+    Args:
+        qkv: the merged projection; its query and key heads have the halves of the rotary dimensions interleaved.
+        gate_up: the merged projection, gate first.
+        input_norm, post_attention_norm: weights [hidden_size].
+        head_norms: weights [num_heads + num_kv_heads, head_dim] of the norms of queries and keys, or None.
+        scale: factor on the scores.
+    """
+
+    def __init__(
+        self,
+        *,
+        qkv: NativeLinear,
+        output: NativeLinear,
+        gate_up: NativeLinear,
+        down: NativeLinear,
+        input_norm: torch.Tensor,
+        post_attention_norm: torch.Tensor,
+        head_norms: torch.Tensor | None,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rotary_dim: int,
+        eps: float,
+        scale: float,
+    ) -> None:
+        self._library = qkv.library
+        self._maps = (qkv, output, gate_up, down)
+        self._norms = [
+            None if weight is None else weight.contiguous() for weight in (input_norm, post_attention_norm, head_norms)
+        ]
+        self._struct = _Layer(
+            *(linear_map.struct for linear_map in self._maps),
+            *(None if weight is None else weight.data_ptr() for weight in self._norms),
+            native_attention.Heads(num_heads, num_kv_heads, head_dim, scale),
+            rotary_dim,
+            eps,
+        )
+
+    def forward(
+        self, hidden: torch.Tensor, rotary: torch.Tensor, *, kv: torch.Tensor, plan: NativePlan
+    ) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden_size] after the layer.
+
+        Args:
+            rotary: of :func:`~flexpipe_serve.kernels.elementwise.rotary_factors`.
+            kv: the layer's segment, as the attention backends take it.
+            plan: of :class:`~flexpipe_serve.kernels.native_attention.NativeAttention`.
+        """
+        hidden, rotary = hidden.contiguous(), rotary.contiguous()
+        out = torch.empty_like(hidden)
+        self._library.flexpipe_layer(
+            *(ctypes.byref(self._struct), ctypes.byref(plan.batch), hidden.data_ptr(), rotary.data_ptr()),
+            *(kv.data_ptr(), out.data_ptr(), hidden.shape[0], torch.get_num_threads()),
+        )
+        return out
