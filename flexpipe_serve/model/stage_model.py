@@ -15,6 +15,7 @@ from flexpipe_serve.model.checkpoint import Checkpoint
 from flexpipe_serve.model.freed_memory import return_freed_memory
 from flexpipe_serve.model.layer import DecoderLayer, StepContext
 from flexpipe_serve.model.layer_maker import make_layer_maker
+from flexpipe_serve.model.one_thread import one_thread
 from flexpipe_serve.model.source import EMBEDDING_NAME, HEAD_NAME, NORM_NAME, ModelSpec
 
 
@@ -80,6 +81,7 @@ class StageModel:
                 self.load_layer(layer)
         return_freed_memory()
 
+    @one_thread()
     def load_layer(self, layer: int) -> None:
         """Read one layer's weights; it takes part from the next forward on."""
         tensors = self._checkpoint.read_layer(layer, device=self._device, dtype=self._dtype)
@@ -121,6 +123,7 @@ class StageModel:
         assert self._head is not None, "only the last stage has logits"
         return self._head(rms_norm(hidden, self._norm, self._spec.norm_eps)).float()
 
+    @one_thread()
     def _load_ends(self, *, is_first: bool, is_last: bool) -> None:
         self._embedding = self._norm = self._head = None
         head_name = EMBEDDING_NAME if self._spec.tied_embeddings else HEAD_NAME

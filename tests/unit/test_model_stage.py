@@ -98,6 +98,27 @@ def test_only_the_shards_of_the_stage_are_read(
     assert all(name.startswith("model.layers.2.") for name in read)
 
 
+def test_loading_takes_one_thread_and_leaves_the_number_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(tmp_path, "llama")
+    seen: list[int] = []
+    original = Checkpoint.read
+
+    def spy(self: Checkpoint, *args: object, **kwargs: object) -> object:
+        seen.append(torch.get_num_threads())
+        return original(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Checkpoint, "read", spy)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        make_stage(tmp_path, range(4), is_first=True, is_last=True)
+        assert (set(seen), torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("linear", available_kinds(CPU, torch.float32))
 def test_layers_move_between_live_stages(checkpoint: tuple[Path, PreTrainedModel], linear: str) -> None:
     folder, model = checkpoint
