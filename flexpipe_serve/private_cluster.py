@@ -12,6 +12,8 @@ import socket
 import tempfile
 from collections.abc import Iterator
 
+import psutil
+
 from flexpipe_serve.kv.domain import sweep_stale
 
 _FAST_PROXY = {
@@ -40,6 +42,7 @@ _PROXY_FILES = {
     "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
     "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
 }
+_EXIT_S = 3.0
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -82,18 +85,15 @@ def running_cluster(folder: str) -> Iterator[str]:
         yield f"http://{context.dashboard_url}"
     finally:
         with _no_interrupts():
-            if ray.is_initialized():  # else Serve would start a Ray of its own to ask
-                _delete_applications()
+            # Listed while their parents live. Nothing is asked of the cluster: parts of it may be dead already.
+            processes = psutil.Process().children(recursive=True)
             ray.shutdown()
+            _, alive = psutil.wait_procs(processes, timeout=_EXIT_S)
+            for process in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(alive, timeout=_EXIT_S)
             sweep_stale()
-
-
-def _delete_applications() -> None:
-    from ray import serve
-
-    with contextlib.suppress(Exception):  # the cluster goes next, whatever state Serve is in
-        for app in serve.status().applications:
-            serve.delete(app)
 
 
 @contextlib.contextmanager
