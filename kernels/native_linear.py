@@ -22,7 +22,7 @@ class Linear(ctypes.Structure):
 
 
 class NativeLinear:
-    """The weight in panels of as many outputs as two vector registers hold.
+    """The weight in panels of as many outputs as three vector registers hold.
 
     The bits of a row depend neither on the other rows nor on the number of threads.
     """

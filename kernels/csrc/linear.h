@@ -8,7 +8,7 @@
 namespace flexpipe {
 
 // Outputs of a panel. Packed weights are [ceil(out / kPanel)][in][kPanel], missing outputs zero.
-constexpr int64_t kPanel = 2 * kLanes;
+constexpr int64_t kPanel = 3 * kLanes;
 
 struct Linear {
     const float* weight;  // packed
