@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 
 import psutil
@@ -43,6 +44,7 @@ _PROXY_FILES = {
     "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
 }
 _EXIT_S = 3.0
+_POLL_S = 0.05
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -88,12 +90,26 @@ def running_cluster(folder: str) -> Iterator[str]:
             # Listed while their parents live. Nothing is asked of the cluster: parts of it may be dead already.
             processes = psutil.Process().children(recursive=True)
             ray.shutdown()
-            _, alive = psutil.wait_procs(processes, timeout=_EXIT_S)
-            for process in alive:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(alive, timeout=_EXIT_S)
+            _end(processes)
             sweep_stale()
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Wait a moment for processes to end, then kill those that have not."""
+    deadline = time.monotonic() + _EXIT_S
+    while (alive := [p for p in processes if _is_alive(p)]) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        # Orphans are reaped by whatever is process 1, which may take its time.
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,22 @@ def wait_until(condition: Callable[[], Any], *, timeout_s: float, what: str) -> 
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
         time.sleep(0.05)
     return value
+
+
+def alive_after(processes: Iterable[psutil.Process], *, timeout_s: float) -> list[psutil.Process]:
+    """Those that have not ended by then. Zombies have: orphans are reaped by process 1, which may take its time."""
+
+    def alive() -> list[psutil.Process]:
+        found = []
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: not alive(), timeout_s=timeout_s, what="their end")
+    return alive()
 
 
 def free_port() -> int:
@@ -194,6 +210,5 @@ def nothing_left_of(served: Served) -> Iterator[None]:
     assert len(processes) > 5
     assert all(folder.is_dir() for folder in folders)
     yield
-    _, alive = psutil.wait_procs(processes, timeout=10)
-    assert not alive
+    assert not alive_after(processes, timeout_s=10)
     assert not [folder for folder in folders if folder.exists()]

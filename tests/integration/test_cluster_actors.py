@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from served import shared_folder, wait_until
+from served import alive_after, shared_folder, wait_until
 
 from flexpipe_serve.pipeline.ray_host import RayStageHost
 from flexpipe_serve.pipeline.stage_types import StageSetup
@@ -54,7 +54,7 @@ def test_the_next_router_finds_a_stage_by_name_and_replaces_one_with_another_set
     second = RayStageHost(app).launch(other).report().result(60)
     assert second.setup == other
     assert second.pid != first.pid
-    assert not psutil.wait_procs([old], timeout=10)[1]
+    assert not alive_after([old], timeout_s=10)
 
 
 def test_a_stage_without_a_router_ends_itself_and_leaves_nothing(app: str, setup: StageSetup) -> None:
@@ -64,4 +64,4 @@ def test_a_stage_without_a_router_ends_itself_and_leaves_nothing(app: str, setup
     watch = stage.watch()
     watch.result(20)  # told before the process goes
     wait_until(lambda: not folder.exists(), timeout_s=10, what="the folder's end")
-    assert not psutil.wait_procs([process], timeout=20)[1]
+    assert not alive_after([process], timeout_s=20)

@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 from safetensors import safe_open
-from served import Served, shared_folder, wait_until
+from served import Served, alive_after, shared_folder, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -92,7 +92,7 @@ def test_other_args_give_a_new_replica_whose_stages_hold_their_own_layers_only(
     assert served.complete("The capital of France is", num_tokens=3).strip().startswith("Paris")
     assert wait_until(served.replica, timeout_s=60, what="the replica")["pid"] != router["pid"]
     assert not set(pids(halves)) & set(pids(before))
-    assert not psutil.wait_procs(old_stages, timeout=20)[1]
+    assert not alive_after(old_stages, timeout_s=20)
 
     layers, ends = weight_bytes(demo_model)  # both ends hold the tied matrix
     assert [stage["weights_bytes"] for stage in halves["stages"]] == pytest.approx([layers / 2 + ends] * 2, rel=0.01)
@@ -113,7 +113,7 @@ def test_a_deleted_application_takes_its_stages_and_their_memory_along(
     assert list(folder.glob("*.kv"))
     # What `serve.delete` does, for all applications.
     httpx.delete(f"{served.dashboard}/api/serve/applications/", timeout=60).raise_for_status()
-    assert not psutil.wait_procs(stages, timeout=20)[1]
+    assert not alive_after(stages, timeout_s=20)
     wait_until(lambda: not folder.exists(), timeout_s=20, what="the folder's end")
     served.deploy(serve_config, until=lambda s: s["model"] == "small")
     assert served.complete("Once upon a time", num_tokens=5)
