@@ -136,7 +136,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         ConfigError: ``args`` are wrong; nothing is started.
     """
     parse(ServeArgs, args)
-    return Router.bind(args)
+    return Router.bind(args)  # type: ignore[attr-defined]
 
 
 def _resolve_keys(keys: tuple[str, ...]) -> tuple[str, ...]:

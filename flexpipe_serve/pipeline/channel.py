@@ -169,7 +169,8 @@ class ZmqOutlet:
     """
 
     def __init__(self, endpoint: Endpoint, *, node: str, keys: CurveKeys | None = None) -> None:
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._socket = context.socket(zmq.PUSH)
         self._socket.set_hwm(0)
         self._socket.linger = _LINGER_MS
         self._socket.copy_threshold = _COPY_BELOW

@@ -49,7 +49,7 @@ class StageActor:
         """See StageHandle.commit_kv."""
         self._stage.commit_kv(num_blocks)
 
-    @ray.method(concurrency_group="watch")
+    @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]
     def watch(self) -> None:
         """Returns only when the stage ends; a killed actor fails the call within milliseconds."""
         self._over.wait()
@@ -87,7 +87,7 @@ class RayStageHost:
             if stage.fits(setup):
                 return stage
             stage.stop()
-        actor = StageActor.options(
+        actor = StageActor.options(  # type: ignore[attr-defined]
             name=name,
             namespace=NAMESPACE,
             lifetime="detached",
