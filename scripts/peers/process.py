@@ -35,6 +35,8 @@ class ServerProcess:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                # Started in the background, a shell has us ignore interrupts, and a child would inherit that.
+                preexec_fn=_heed_interrupts,
             )
         self._root = psutil.Process(self._popen.pid)
         self._seen: dict[int, psutil.Process] = {self._root.pid: self._root}
@@ -96,3 +98,7 @@ class ServerProcess:
         for process in self._tree():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
