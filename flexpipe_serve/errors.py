@@ -1,6 +1,6 @@
 """Errors a user can cause: each names the number seen, the limit and the remedy.
 
-All but :class:`QueueFullError` and :class:`EngineUnavailableError` are ``ValueError``s and become a 400 over HTTP.
+The ``ValueError``s become a 400 over HTTP.
 """
 
 
@@ -41,3 +41,15 @@ class QueueFullError(Exception):
 
 class EngineUnavailableError(Exception):
     """The pipeline cannot serve now: starting, shutting down, or its stages are lost (HTTP 503)."""
+
+
+class RefactorRefusedError(ValueError):
+    """A refactoring that cannot be done as asked; nothing was touched (HTTP 400)."""
+
+
+class RefactorBusyError(Exception):
+    """Another refactoring is running (HTTP 409); the message names it."""
+
+
+class CopyError(Exception):
+    """KV did not get to its new stage; the refactoring is aborted."""

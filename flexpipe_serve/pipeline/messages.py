@@ -63,6 +63,11 @@ class StepHeader(msgspec.Struct, frozen=True, array_like=True, tag="step", kw_on
     table_width: int
     num_threads: int = 0
     """CPU threads a stage may use in this step; 0: unchanged."""
+    copies: tuple[tuple[int, int], ...] = ()
+    """KV blocks (from, to) that every stage copies in its layers before it computes the step, in order; also when the
+    step is dropped for a failure. ``num_seqs`` may be 0 where there are copies: such a step computes nothing."""
+    patched_through: int = 0
+    """Of steps of the epoch before: a stage runs this one when it has applied every patch up to this step."""
     samples: tuple[SampleSpec, ...] = ()
     prompt_logprobs: tuple[PromptLogprobSpec, ...] = ()
 
@@ -76,6 +81,8 @@ class HiddenHeader(msgspec.Struct, frozen=True, array_like=True, tag="hidden", k
     dtype: str
     stage_seconds: tuple[float, ...]
     """Compute time of each stage passed so far."""
+    held_seconds: float = 0.0
+    """How long a refactoring held the step back in the stages passed so far."""
 
 
 class LogprobResult(msgspec.Struct, frozen=True, array_like=True):
@@ -91,6 +98,8 @@ class ResultHeader(msgspec.Struct, frozen=True, array_like=True, tag="result", k
     epoch: int
     step: int
     stage_seconds: tuple[float, ...]
+    held_seconds: float = 0.0
+    """How long a refactoring held the step back in the stages."""
     logprobs: tuple[LogprobResult | None, ...] = ()
     """One for each sample, or empty where none was asked for."""
     prompt_logprobs: tuple[tuple[LogprobResult, ...], ...] = ()
@@ -106,7 +115,55 @@ class FailureHeader(msgspec.Struct, frozen=True, array_like=True, tag="failure",
     message: str
 
 
-Header = StepHeader | HiddenHeader | ResultHeader | FailureHeader
+class CopyHeader(msgspec.Struct, frozen=True, array_like=True, tag="copy", kw_only=True):
+    """Router to the stage that gives layers away, in order with its steps: copy their KV to the target.
+
+    One buffer: the blocks that hold KV now, ``int32``. From this message on every step's new KV goes along as a patch,
+    but for blocks whose snapshot is still to come; so nothing written is missed and no second round is needed.
+    """
+
+    epoch: int
+    """The new epoch, which the copy is for."""
+    old_epoch: int
+    """Whose steps write the KV."""
+    layers: tuple[int, ...]
+    target: str
+    node: str
+    ipc: str
+    tcp: str
+    """``node``, ``ipc`` and ``tcp`` are the target's Endpoint."""
+    max_bytes_per_s: float
+    """Limit of the snapshot; patches are not held back."""
+
+
+class PatchHeader(msgspec.Struct, frozen=True, array_like=True, tag="patch", kw_only=True):
+    """Giving stage to target: KV of moving layers. Numbered from 1 without gaps, for each pair of stages.
+
+    Buffers: ``int32`` places, and the KV in the segment's dtype. With ``is_snapshot`` the places are whole blocks and
+    the KV is ``[num_layers, num_places, 2, block_size, heads, head_dim]``; else they are tokens
+    (``block * block_size + offset``) and it is ``[num_layers, num_places, 2, heads, head_dim]``.
+    """
+
+    epoch: int
+    source: str
+    number: int
+    through_step: int
+    """Last step of the old epoch whose writes this and the patches before it carry."""
+    layers: tuple[int, ...]
+    is_snapshot: bool
+    snapshot_complete: bool
+    """This patch and those before it hold the whole snapshot."""
+
+
+class PatchAckHeader(msgspec.Struct, frozen=True, array_like=True, tag="ack", kw_only=True):
+    """Target to the giving stage: every patch up to ``number`` is applied."""
+
+    epoch: int
+    target: str
+    number: int
+
+
+Header = StepHeader | HiddenHeader | ResultHeader | FailureHeader | CopyHeader | PatchHeader | PatchAckHeader
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Header] = msgspec.msgpack.Decoder(Header)

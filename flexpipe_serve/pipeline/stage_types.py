@@ -27,10 +27,22 @@ class StageSetup:
     num_work_tokens: int
     """Tokens of the largest step."""
     orphan_timeout_s: float
+    private_kv: bool = False
+    """The stage's KV is a domain of its own, also on a node that it shares with others."""
     linear: str = "auto"
     """Kind of linear map; 'auto': the one that is fastest on the stage's machine."""
     keys: CurveKeys | None = None
     """For tcp between nodes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incoming:
+    """Layers whose KV another stage copies to this one before the epoch begins."""
+
+    source: str
+    endpoint: Endpoint
+    """The source's inbox, for acknowledgements."""
+    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +56,8 @@ class Assignment:
     is_last: bool
     next: Endpoint
     """The next stage's inbox, or the Router's behind the last stage."""
+    incoming: tuple[Incoming, ...] = ()
+    """Empty where the KV is in the stage's domain already, or there is none."""
 
     @property
     def layers(self) -> range:
@@ -75,6 +89,10 @@ class StageReport:
     num_blocks: int
     num_steps: int
     busy_seconds: float
+    copied_bytes: int = 0
+    """Snapshots and patches received for the newest epoch."""
+    patch_bytes: int = 0
+    """Of those, patches."""
 
 
 class StageHandle(Protocol):
@@ -84,12 +102,29 @@ class StageHandle(Protocol):
 
     def report(self) -> Future[StageReport]: ...
 
-    def configure(self, assignment: Assignment) -> Future[StageReport]:
-        """Load and drop layers so that exactly the assignment's are held, and take its route."""
+    def prepare(self, assignment: Assignment, *, num_blocks: int, fresh: bool) -> Future[StageReport]:
+        """Get ready for the steps of ``assignment.epoch``: load the layers that are missing, have KV segments with
+        ``num_blocks`` blocks for them, connect the route. Steps of older epochs go on undisturbed meanwhile.
+
+        Args:
+            fresh: this is a start and no refactoring: older epochs and all KV are void, and loading need not be gentle.
+
+        Fails with KVMemoryError or UnsupportedModelError; then call ``release``.
+        """
         ...
 
-    def commit_kv(self, num_blocks: int) -> Future[None]:
-        """Make exactly ``num_blocks`` blocks of every held layer usable."""
+    def resize_kv(self, num_blocks: int) -> Future[None]:
+        """Have exactly ``num_blocks`` blocks in every segment. Fails with KVMemoryError; then all is as before."""
+        ...
+
+    def wait_copied(self, epoch: int, *, through_step: int, timeout_s: float) -> Future[None]:
+        """Ends when the snapshots of all incoming layers of ``epoch`` are applied, and every patch up to
+        ``through_step`` of the epoch before (0: the snapshots alone). Fails with CopyError: a patch is missing, the
+        epoch was released, or the time is over."""
+        ...
+
+    def release(self, epoch: int) -> Future[StageReport]:
+        """Forget an epoch: its route, its copies (given and taken), and weights and KV that no other epoch needs."""
         ...
 
     def watch(self) -> Future[None]:

@@ -1,0 +1,175 @@
+"""What somebody asks of a refactoring, and the record it leaves (DESIGN: every refactoring leaves one)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Mode(StrEnum):
+    """How much of a refactoring happens while steps go on."""
+
+    LIVE = "live"
+    """All of it."""
+    WEIGHTS_ONLY = "weights_only"
+    """The weights; then the pipeline stops for one copy of the KV and the switch."""
+    SYNC = "sync"
+    """Nothing: stop, load, copy, switch, go on."""
+    RESTART = "restart"
+    """Nothing: tear the pipeline down, build the new one, replay the sequences from their tokens."""
+
+
+class Phase(StrEnum):
+    """Where a refactoring is; in this order."""
+
+    PLAN = "plan"
+    PREPARE = "prepare"
+    COPY = "copy"
+    MIRROR = "mirror"
+    SWITCH = "switch"
+    RETIRE = "retire"
+
+
+class Outcome(StrEnum):
+    """How it ended, or that it has not."""
+
+    RUNNING = "running"
+    DONE = "done"
+    REFUSED = "refused"
+    """Nothing was touched."""
+    ABORTED = "aborted"
+    """Before the switch: the old layout serves on."""
+    RECOVERED = "recovered"
+    """A stage was lost after the switch: the new layout was rebuilt and sequences replayed."""
+
+
+class RefactorRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /flexpipe/refactor``. Exactly one of ``stages`` and ``boundaries``."""
+
+    stages: int | None = None
+    """Number of stages, with layers split as the server likes."""
+    boundaries: tuple[int, ...] | None = None
+    """First layer of each later stage; () is a single stage."""
+    mode: Mode = Mode.LIVE
+    dry_run: bool = False
+    """Only plan: say what would be done and whether it fits."""
+    resize_kv: bool = True
+    """Let KV capacity grow after the switch to what the new layout allows (it always shrinks where it must)."""
+    max_bytes_per_s: float | None = None
+    """Limit of copying KV; the configuration's by default."""
+    timeout_s: float = 300.0
+    """Time from the start to the switch; then it is aborted."""
+    reason: str = "requested"
+    """Stands in the record."""
+
+
+class StagePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One stage of a layout."""
+
+    stage: str
+    start: int
+    """First layer."""
+    stop: int
+    """First layer behind."""
+
+
+class MovePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Layers that go from one stage to another."""
+
+    source: str
+    target: str
+    layers: tuple[int, ...]
+    shared: bool
+    """Both are in one domain: the target maps the KV, nothing is copied."""
+
+
+class DomainPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory of one domain while the refactoring runs, in bytes."""
+
+    domain: str
+    budget_bytes: int
+    weights_bytes: int
+    """Of the old and the new layers together."""
+    overhead_bytes: int
+    kv_bytes: int
+    """With ``RefactorPlan.num_blocks_during``."""
+
+
+class RefactorPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What PLAN found."""
+
+    verdict: str
+    """'fits', 'fits after shrinking' or 'refused'."""
+    reason: str
+    """In one sentence, with the numbers that decided."""
+    old: tuple[StagePlan, ...]
+    new: tuple[StagePlan, ...]
+    moves: tuple[MovePlan, ...]
+    launched: tuple[str, ...]
+    """Stages to be started or taken from the pool."""
+    retired: tuple[str, ...]
+    """Stages that hold no layer afterwards."""
+    domains: tuple[DomainPlan, ...]
+    num_blocks_before: int
+    num_blocks_during: int
+    num_blocks_after: int
+    """Predicted; the record has what was reached."""
+    weights_bytes: int
+    """To be loaded."""
+    kv_bytes: int
+    """To be copied, as of now; 0 inside a domain."""
+
+
+class PhaseTime(msgspec.Struct, frozen=True, kw_only=True):
+    """One phase of a refactoring."""
+
+    phase: Phase
+    start_s: float
+    """Since the request."""
+    seconds: float
+
+
+class RefactorRecord(msgspec.Struct, kw_only=True):
+    """All that is known of one refactoring; the body of ``GET /flexpipe/refactor/{id}``."""
+
+    id: str
+    mode: Mode
+    reason: str
+    outcome: Outcome
+    phase: Phase
+    """The present or the last one."""
+    plan: RefactorPlan
+    epoch: int
+    """The new layout's."""
+    requested_at: float
+    """Unix time."""
+    seconds: float = 0.0
+    """Since the request, or in total."""
+    phases: list[PhaseTime] = msgspec.field(default_factory=list)
+    error: str | None = None
+    """Why it was refused or aborted."""
+    snapshot_bytes: int = 0
+    patch_bytes: int = 0
+    num_rounds: int = 0
+    """Snapshots taken of each moving layer: 1 where KV was copied, else 0."""
+    progress: float = 0.0
+    """0 to 1, of the present phase."""
+    switch_step: int | None = None
+    switched_at: float | None = None
+    """Unix time."""
+    stop_seconds: float = 0.0
+    """Time in which steps that could have run were held back because of it, in Router and stages."""
+    longest_hold_seconds: float = 0.0
+    """The longest that one step was held back."""
+    num_tokens_meanwhile: int = 0
+    """Sampled between request and end."""
+    num_blocks: int = 0
+    """KV capacity now, or in the end."""
+    num_replayed: int = 0
+    """Sequences whose KV was lost and computed again."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return self.outcome is not Outcome.RUNNING
