@@ -40,6 +40,10 @@ cases = st.builds(
 )
 
 
+TOLERANCE = 5e-5
+"""Float32 rounding of these cases' large scores: any float32 backend may be more than 1e-5 off at 289 keys of 128."""
+
+
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """The last ``len(q)`` queries of a sequence, [n, heads, head_dim], against all its keys and values."""
     groups = q.shape[1] // k.shape[1]

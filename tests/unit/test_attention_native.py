@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Case, cases, run
+from attention_cases import TOLERANCE, Case, cases, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +24,7 @@ BACKEND = NativeAttention(LIBRARY)
 @settings(max_examples=150, deadline=None)
 def test_agrees_with_reference(case: Case) -> None:
     for difference in run(BACKEND, case).differences:
-        assert difference.abs().max() < 1e-5
+        assert difference.abs().max() < TOLERANCE
 
 
 @given(
@@ -57,7 +57,7 @@ def test_bits_depend_on_the_sequence_alone(
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected.outputs, strict=True))
-    assert max(difference.abs().max() for difference in expected.differences) < 1e-5
+    assert max(difference.abs().max() for difference in expected.differences) < TOLERANCE
 
 
 def cut_at(length: int, cuts: list[int]) -> list[int]:
@@ -70,7 +70,7 @@ def test_sequence_of_nan_spoils_no_other() -> None:
     case = Case(chunks=[[3, 1, 1], [5, 1, 2], [1, 1, 1]], block_size=4, num_kv_heads=2, num_groups=2, seed=1)
     differences = run(BACKEND, case, poison=1).differences
     assert differences[1].isnan().all()
-    assert max(differences[0].abs().max(), differences[2].abs().max()) < 1e-5
+    assert max(differences[0].abs().max(), differences[2].abs().max()) < TOLERANCE
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 30.0, 300.0])

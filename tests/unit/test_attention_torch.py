@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from attention_cases import CPU, Case, cases, run
+from attention_cases import CPU, TOLERANCE, Case, cases, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +20,7 @@ BACKEND = TorchAttention(dtype=torch.float32)
 @settings(max_examples=120, deadline=None)
 def test_agrees_with_reference(case: Case) -> None:
     for difference in run(BACKEND, case).differences:
-        assert difference.abs().max() < 1e-5
+        assert difference.abs().max() < TOLERANCE
 
 
 @given(case=cases)
@@ -35,7 +35,7 @@ def test_sequence_of_nan_spoils_no_other() -> None:
     case = Case(chunks=[[3, 1, 1], [5, 1, 2], [1, 1, 1]], block_size=4, num_kv_heads=2, num_groups=2, seed=1)
     differences = run(BACKEND, case, poison=1).differences
     assert differences[1].isnan().all()
-    assert max(differences[0].abs().max(), differences[2].abs().max()) < 1e-5
+    assert max(differences[0].abs().max(), differences[2].abs().max()) < TOLERANCE
 
 
 def test_nan_left_in_a_block_does_not_reach_its_next_owner() -> None:
