@@ -6,11 +6,19 @@ Unknown keys are refused with the nearest known one; every field is described.
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from flexpipe_serve.errors import ConfigError
+
+_Size = Annotated[ByteSize, Field(gt=0)]
+_ONE, _BY_NAME = "a size", "sizes by name"
+_SizeOrSizes = Annotated[
+    Annotated[_Size, Tag(_ONE)] | Annotated[dict[str, _Size], Field(min_length=1), Tag(_BY_NAME)],
+    # Told apart beforehand, so that an error is about the form that was meant.
+    Discriminator(lambda value: _BY_NAME if isinstance(value, dict) else _ONE),
+]
 
 
 class _Strict(BaseModel):
@@ -53,6 +61,11 @@ class KVConfig(_Strict):
         None, ge=1, description="Upper limit on the cache's size in tokens; the memory budget alone by default."
     )
     prefix_cache: bool = Field(True, description="Reuse the KV of common beginnings.")
+    domain: Literal["node", "stage"] = Field(
+        "node",
+        description="Who can map a layer's KV: all stages of a node, so that a layer moves between them without a copy,"
+        " or each stage alone, so that stages of one machine have separate budgets and copy what moves.",
+    )
 
 
 class SchedulerArgs(_Strict):
@@ -69,10 +82,11 @@ class ServeArgs(_Strict):
 
     model: ModelConfig = Field(default_factory=ModelConfig, description="The model.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="'auto': CUDA where there is one.")
-    memory_budget: ByteSize | None = Field(
+    memory_budget: _SizeOrSizes | None = Field(
         None,
-        description="Memory for weights, KV and processes in one domain (a node's RAM or one GPU), such as '4GiB'."
-        " By default 60 % of what is free on a CPU, 90 % of what is free on a GPU.",
+        description="Memory for weights, KV and processes in one domain (a node's RAM, one GPU, or with kv.domain stage"
+        " one stage), such as '4GiB'; or a size for each domain by its name, such as {stage-0: 1GiB, stage-1: 600MiB}."
+        " What is not given: 60 % of what is free on a CPU, 90 % of what is free on a GPU.",
     )
     kv: KVConfig = Field(default_factory=KVConfig, description="The KV cache.")
     attention: Literal["auto", "torch", "native", "flash_attn"] = Field(
@@ -113,11 +127,26 @@ class LimitsConfig(_Strict):
     )
 
 
+class RefactorConfig(_Strict):
+    """How much a refactoring may take from those who wait for tokens."""
+
+    max_bytes_per_s: _Size = Field(
+        ByteSize(200_000_000), description="Limit of copying KV from a stage to another, such as '200MB'."
+    )
+
+
 class UserConfig(_Strict):
     """``user_config`` of the Router deployment: ``serve deploy`` applies a change to the running replica."""
 
     layout: LayoutConfig = Field(default_factory=lambda: LayoutConfig(stages=2), description="The split.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Admission limits.")
+    refactor: RefactorConfig = Field(default_factory=RefactorConfig, description="Limits of refactorings.")
+    warm_stages: int = Field(
+        0,
+        ge=0,
+        description="Empty stages kept ready, so that a refactoring to more stages waits for no process to start."
+        " Each costs the memory of a process.",
+    )
 
 
 _Config = TypeVar("_Config", bound=_Strict)
@@ -130,6 +159,6 @@ def parse(kind: type[_Config], data: dict[str, Any] | None) -> _Config:
     except ValidationError as error:
         lines = []
         for item in error.errors():
-            path = ".".join(str(part) for part in item["loc"]) or kind.__name__
+            path = ".".join(str(part) for part in item["loc"] if part not in (_ONE, _BY_NAME)) or kind.__name__
             lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}")
         raise ConfigError("configuration: " + "; ".join(lines)) from None

@@ -13,6 +13,7 @@ import tokenizers
 
 from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.sampling_params import SamplingParams
+from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,4 +80,32 @@ class EngineClient(Protocol):
 
     async def check_health(self) -> None:
         """Raises EngineUnavailableError unless a request could be served now."""
+        ...
+
+    async def refactor(self, request: RefactorRequest) -> RefactorRecord:
+        """Start a refactoring, or with ``dry_run`` only plan it. Returns once it is planned and started.
+
+        A dry run's record is over, in phase PLAN: DONE where it would be done, REFUSED where not.
+
+        Raises:
+            RefactorRefusedError: it cannot be done; nothing was touched.
+            RefactorBusyError: another one is running.
+            EngineUnavailableError: the pipeline is not up.
+        """
+        ...
+
+    def refactoring(self, refactoring_id: str, /) -> RefactorRecord | None:
+        """Its record as of now; None where there is none, or no longer."""
+        ...
+
+    def cancel_refactoring(self, refactoring_id: str, /) -> RefactorRecord | None:
+        """Ask it to stop, which its record tells when it has; without effect after the switch, or when it is over."""
+        ...
+
+    def refactorings(self) -> list[RefactorRecord]:
+        """Records of the latest ones, the newest last."""
+        ...
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened to the pipeline lately, the newest last: each with ``time`` (Unix), ``kind``, ``message``."""
         ...
