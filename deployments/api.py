@@ -10,14 +10,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from flexpipe_serve import __version__
+from flexpipe_serve.deployments import admin, routes
 from flexpipe_serve.deployments.auth import ApiKeyMiddleware
-from flexpipe_serve.deployments.errors import ApiError, as_api_error
+from flexpipe_serve.deployments.context import ApiContext
+from flexpipe_serve.deployments.errors import FORESEEN, ApiError, as_api_error
 from flexpipe_serve.deployments.limits import HttpLimits
 from flexpipe_serve.deployments.openapi import publish_schemas
 from flexpipe_serve.deployments.request_id import RequestIdMiddleware
-from flexpipe_serve.deployments.routes import ApiContext, router
 from flexpipe_serve.engine.client import EngineClient
-from flexpipe_serve.errors import EngineUnavailableError, InvalidRequestError, QueueFullError
 
 
 def create_app(
@@ -40,9 +40,10 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.context = ApiContext(get_engine=get_engine, get_limits=get_limits)
-    app.include_router(router)
+    app.include_router(routes.router)
+    app.include_router(admin.router)
     publish_schemas(app)
-    for kind in (ApiError, InvalidRequestError, QueueFullError, EngineUnavailableError):
+    for kind in FORESEEN:
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(HTTPException, _answer_unknown_url)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)

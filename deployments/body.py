@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import Enum
 from typing import TypeVar
 
 import msgspec
@@ -10,6 +11,7 @@ from starlette.requests import Request
 
 from flexpipe_serve.deployments.errors import ApiError, shorten
 from flexpipe_serve.deployments.unsupported import drop_unsupported
+from flexpipe_serve.errors import InvalidRequestError
 
 _LOCATION = re.compile(r"(?P<problem>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?", re.DOTALL)
 _FIELD = re.compile(r"Object (?P<problem>contains unknown|missing required) field `(?P<name>.*)`", re.DOTALL)
@@ -33,7 +35,12 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
 
 
 def decode(body: bytes, kind: type[_T]) -> _T:
-    """``body`` as ``kind``. Raises ApiError (400) that names the offending field."""
+    """``body`` as ``kind``.
+
+    Raises:
+        ApiError: 400 that names the offending field.
+        InvalidRequestError: the same, found by ``kind`` itself.
+    """
     try:
         try:
             return msgspec.json.decode(body, type=kind)
@@ -41,7 +48,9 @@ def decode(body: bytes, kind: type[_T]) -> _T:
             # Off the common path: perhaps a parameter that says nothing, such as "tools": [].
             return msgspec.convert(drop_unsupported(msgspec.json.decode(body), kind), kind, str_keys=True)
     except msgspec.ValidationError as error:
-        raise _invalid_field(str(error)) from None
+        if isinstance(error.__cause__, InvalidRequestError):  # the struct's own check
+            raise error.__cause__ from None
+        raise _invalid_field(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"The body is not valid JSON: {error}.", code="invalid_json") from None
     except RecursionError:
@@ -56,7 +65,7 @@ def _too_large(seen: str, max_bytes: int) -> ApiError:
     )
 
 
-def _invalid_field(message: str) -> ApiError:
+def _invalid_field(message: str, kind: type[msgspec.Struct]) -> ApiError:
     location = _LOCATION.fullmatch(message)
     assert location is not None
     problem, path = location["problem"], location["path"] or ""
@@ -64,6 +73,15 @@ def _invalid_field(message: str) -> ApiError:
     if field is not None:
         path = f"{path}.{field['name']}" if path else field["name"]
         problem = "required" if field["problem"] == "missing required" else "unknown field"
+    elif problem.startswith("Invalid enum value"):
+        problem += _known_values(kind, path)
     where = shorten(path) or "The body"
     problem = shorten(problem.replace("`", "'"))
     return ApiError(400, f"{where}: {problem[:1].lower() + problem[1:]}.", param=shorten(path) or None)
+
+
+def _known_values(kind: type[msgspec.Struct], path: str) -> str:
+    for field in msgspec.structs.fields(kind):
+        if field.name == path and isinstance(field.type, type) and issubclass(field.type, Enum):
+            return f"; it is one of {', '.join(repr(member.value) for member in field.type)}"
+    return ""

@@ -8,7 +8,13 @@ import msgspec
 from starlette.responses import Response
 
 from flexpipe_serve.deployments.protocol import ErrorAnswer, ErrorDetail
-from flexpipe_serve.errors import EngineUnavailableError, InvalidRequestError, QueueFullError
+from flexpipe_serve.errors import (
+    EngineUnavailableError,
+    InvalidRequestError,
+    QueueFullError,
+    RefactorBusyError,
+    RefactorRefusedError,
+)
 
 UNAVAILABLE_RETRY_AFTER_S = 5
 """A replaced Router serves again within about this time."""
@@ -54,6 +60,17 @@ class ApiError(Exception):
         return Response(self.body(), status_code=self.status, headers=self.headers, media_type="application/json")
 
 
+FORESEEN: tuple[type[Exception], ...] = (
+    ApiError,
+    InvalidRequestError,
+    QueueFullError,
+    EngineUnavailableError,
+    RefactorRefusedError,
+    RefactorBusyError,
+)
+"""Those that ``as_api_error`` has an answer for."""
+
+
 def shorten(text: str) -> str:
     """What a client sent, cut to a length fit for an error message."""
     return text if len(text) <= _MAX_ECHO else text[: _MAX_ECHO - 1] + "…"
@@ -72,6 +89,10 @@ def as_api_error(error: BaseException) -> ApiError | None:
         case EngineUnavailableError():
             retry_after = {"Retry-After": str(UNAVAILABLE_RETRY_AFTER_S)}
             return ApiError(503, str(error), code="engine_unavailable", headers=retry_after)
+        case RefactorRefusedError():
+            return ApiError(400, str(error), code="refactor_refused")
+        case RefactorBusyError():
+            return ApiError(409, str(error), code="refactor_busy")
         case _:
             return None
 

@@ -16,9 +16,12 @@ from flexpipe_serve.deployments.protocol import (
     DetokenizeAnswer,
     DetokenizeRequest,
     ErrorAnswer,
+    EventList,
+    RefactorList,
     TokenizeAnswer,
     TokenizeRequest,
 )
+from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
 
 _STRUCTS = (
     ChatCompletion,
@@ -29,13 +32,18 @@ _STRUCTS = (
     DetokenizeAnswer,
     DetokenizeRequest,
     ErrorAnswer,
+    EventList,
+    RefactorList,
+    RefactorRecord,
+    RefactorRequest,
     TokenizeAnswer,
     TokenizeRequest,
 )
 _ERRORS = {
     400: "A parameter is wrong, unknown or not supported; `param` names it",
     401: "No valid API key",
-    404: "No such model",
+    404: "No such model, or no such refactoring",
+    409: "Another refactoring is running",
     413: "The body is too large",
     429: "The waiting queue is full; see Retry-After",
     500: "Internal error; the log has it under the request's X-Request-Id",
@@ -51,17 +59,23 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def body(
-    request: type[msgspec.Struct], answer: type[msgspec.Struct], chunk: type[msgspec.Struct] | None = None
-) -> dict[str, Any]:
-    """``openapi_extra`` of a route: what it reads, and what it answers (``chunk``: each event of a stream)."""
-    content: dict[str, Any] = {"application/json": {"schema": _ref(answer)}}
-    if chunk is not None:
-        content["text/event-stream"] = {"schema": _ref(chunk)}
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(request)}}},
-        "responses": {"200": {"description": "The answer", "content": content}},
-    }
+def answer(
+    status: int, struct: type[msgspec.Struct], description: str = "The answer"
+) -> dict[int | str, dict[str, Any]]:
+    """``responses`` of a route that answers with ``struct``."""
+    return {status: {"description": description, "content": {"application/json": {"schema": _ref(struct)}}}}
+
+
+def request_body(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """``openapi_extra`` of a route that reads ``struct``."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _ref(struct)}}}}
+
+
+def stream_of(whole: type[msgspec.Struct], chunk: type[msgspec.Struct]) -> dict[int | str, dict[str, Any]]:
+    """``responses`` of a route that answers with ``whole``, or with events each of which is a ``chunk``."""
+    responses = answer(200, whole)
+    responses[200]["content"]["text/event-stream"] = {"schema": _ref(chunk)}
+    return responses
 
 
 def publish_schemas(app: FastAPI) -> None:

@@ -5,9 +5,11 @@ A field that is null is a field left out. What is not named here is refused (``u
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+
+from flexpipe_serve.refactor.record import RefactorRecord
 
 MAX_SEQUENCES = 256
 """Prompts times ``n`` in one request: bounds what one body can make the server do."""
@@ -249,6 +251,20 @@ class ModelList(msgspec.Struct, kw_only=True):
 
     object: Literal["list"] = "list"
     data: list[ModelObject]
+
+
+class RefactorList(msgspec.Struct, kw_only=True):
+    """The answer of ``GET /flexpipe/refactor``, the newest last."""
+
+    object: Literal["list"] = "list"
+    data: list[RefactorRecord]
+
+
+class EventList(msgspec.Struct, kw_only=True):
+    """The answer of ``GET /flexpipe/events``, the newest last: each has ``time`` (Unix), ``kind`` and ``message``."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
 
 
 class ErrorDetail(msgspec.Struct, kw_only=True):

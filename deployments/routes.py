@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 from starlette.responses import Response
@@ -14,9 +11,10 @@ from starlette.responses import Response
 from flexpipe_serve.deployments.body import decode, read_body
 from flexpipe_serve.deployments.chat import chat
 from flexpipe_serve.deployments.completions import complete
+from flexpipe_serve.deployments.context import context_of, json_response
 from flexpipe_serve.deployments.errors import ApiError, shorten
 from flexpipe_serve.deployments.limits import HttpLimits
-from flexpipe_serve.deployments.openapi import body, errors
+from flexpipe_serve.deployments.openapi import answer, errors, request_body, stream_of
 from flexpipe_serve.deployments.protocol import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -41,19 +39,11 @@ _Body = TypeVar("_Body", CompletionRequest, ChatCompletionRequest, TokenizeReque
 router = APIRouter()
 
 
-@dataclass(frozen=True, kw_only=True)
-class ApiContext:
-    """What the routes find in ``app.state.context``; both are called for every request."""
-
-    get_engine: Callable[[], EngineClient]
-    get_limits: Callable[[], HttpLimits]
-
-
 @router.post(
     "/v1/completions",
     tags=["generation"],
-    responses=errors(*_GENERATION_ERRORS),
-    openapi_extra=body(CompletionRequest, Completion, Completion),
+    responses=stream_of(Completion, Completion) | errors(*_GENERATION_ERRORS),
+    openapi_extra=request_body(CompletionRequest),
 )
 async def create_completion(request: Request) -> Response:
     """Complete a text."""
@@ -64,8 +54,8 @@ async def create_completion(request: Request) -> Response:
 @router.post(
     "/v1/chat/completions",
     tags=["generation"],
-    responses=errors(*_GENERATION_ERRORS),
-    openapi_extra=body(ChatCompletionRequest, ChatCompletion, ChatCompletionChunk),
+    responses=stream_of(ChatCompletion, ChatCompletionChunk) | errors(*_GENERATION_ERRORS),
+    openapi_extra=request_body(ChatCompletionRequest),
 )
 async def create_chat_completion(request: Request) -> Response:
     """Answer in a conversation."""
@@ -76,52 +66,46 @@ async def create_chat_completion(request: Request) -> Response:
 @router.post(
     "/tokenize",
     tags=["tokenizer"],
-    responses=errors(*_BODY_ERRORS),
-    openapi_extra=body(TokenizeRequest, TokenizeAnswer),
+    responses=answer(200, TokenizeAnswer) | errors(*_BODY_ERRORS),
+    openapi_extra=request_body(TokenizeRequest),
 )
 async def create_tokens(request: Request) -> Response:
     """Token ids of a text or a conversation."""
     parsed, engine, _ = await _read(request, TokenizeRequest)
-    return _json(await tokenize(parsed, engine))
+    return json_response(await tokenize(parsed, engine))
 
 
 @router.post(
     "/detokenize",
     tags=["tokenizer"],
-    responses=errors(*_BODY_ERRORS),
-    openapi_extra=body(DetokenizeRequest, DetokenizeAnswer),
+    responses=answer(200, DetokenizeAnswer) | errors(*_BODY_ERRORS),
+    openapi_extra=request_body(DetokenizeRequest),
 )
 async def create_text(request: Request) -> Response:
     """The text of token ids."""
     parsed, engine, _ = await _read(request, DetokenizeRequest)
-    return _json(detokenize(parsed, engine))
+    return json_response(detokenize(parsed, engine))
 
 
 @router.get("/v1/models", tags=["models"], responses=errors(401, 500, 503))
 async def list_models(request: Request) -> Response:
     """The served model."""
-    return _json(ModelList(data=[_model_object(_context(request).get_engine().model)]))
+    return json_response(ModelList(data=[_model_object(context_of(request).get_engine().model)]))
 
 
 @router.get("/v1/models/{model_id:path}", tags=["models"], responses=errors(401, 404, 500, 503))
 async def get_model(request: Request, model_id: str) -> Response:
     """The served model, by its name."""
-    model = _context(request).get_engine().model
+    model = context_of(request).get_engine().model
     _check_model(model_id, model)
-    return _json(_model_object(model))
+    return json_response(_model_object(model))
 
 
 @router.get("/health", tags=["state"], responses=errors(500, 503))
 async def health(request: Request) -> Response:
     """200 where a request would be served now."""
-    await _context(request).get_engine().check_health()
-    return _json({"status": "ok"})
-
-
-@router.get("/flexpipe/status", tags=["state"], responses=errors(401, 500, 503))
-async def status(request: Request) -> Response:
-    """Layout, epoch, stages with their layers and memory, KV use, queue."""
-    return _json(_context(request).get_engine().status())
+    await context_of(request).get_engine().check_health()
+    return json_response({"status": "ok"})
 
 
 @router.get("/", include_in_schema=False)
@@ -130,13 +114,8 @@ async def welcome(request: Request) -> Response:
     return HTMLResponse(welcome_page(base_url=str(request.base_url).rstrip("/")))
 
 
-def _context(request: Request) -> ApiContext:
-    context: ApiContext = request.app.state.context
-    return context
-
-
 async def _read(request: Request, kind: type[_Body]) -> tuple[_Body, EngineClient, HttpLimits]:
-    context = _context(request)
+    context = context_of(request)
     limits = context.get_limits()
     parsed = decode(await read_body(request, max_bytes=limits.max_body_bytes), kind)
     engine = context.get_engine()
@@ -157,7 +136,3 @@ def _check_model(name: str, model: ModelCard) -> None:
 
 def _model_object(model: ModelCard) -> ModelObject:
     return ModelObject(id=model.name, created=model.created, max_model_len=model.max_model_len)
-
-
-def _json(content: Any) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")

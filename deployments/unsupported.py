@@ -82,10 +82,11 @@ def drop_unsupported(body: Any, kind: type[msgspec.Struct]) -> Any:
     Raises:
         ApiError: 400 for a parameter that is not supported, or not known at all.
     """
-    if not isinstance(body, dict) or kind not in _NEUTRAL:
+    if not isinstance(body, dict):
         return body
-    body = {name: value for name, value in body.items() if name not in _IGNORED}
-    body = _drop(body, kind.__struct_fields__, _NEUTRAL[kind], path="")
+    if kind in _NEUTRAL:
+        body = {name: value for name, value in body.items() if name not in _IGNORED}
+    body = _drop(body, kind.__struct_fields__, _NEUTRAL.get(kind, {}), path="")
     if isinstance(body.get("stream_options"), dict):
         known = StreamOptions.__struct_fields__
         body["stream_options"] = _drop(body["stream_options"], known, _STREAM_OPTIONS, path="stream_options.")

@@ -15,10 +15,13 @@ pre {{ background: #f2f2f2; padding: 1rem; overflow-x: auto }}</style></head>
 <pre>curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\
   -d '{{"messages": [{{"role": "user", "content": "What is the capital of France?"}}], "stream": true}}'</pre>
 <p>For the <code>openai</code> client, the base URL is <code>{url}/v1</code>.</p>
+<p>Change the pipeline's split while it serves, and see what that did:</p>
+<pre>curl {url}/flexpipe/refactor -d '{{"stages": 3}}'</pre>
 <ul>
 <li><a href="docs">The API, with a form to try it</a> (<a href="openapi.json">schema</a>)</li>
 <li><a href="v1/models">The model</a></li>
 <li><a href="flexpipe/status">The pipeline: layout, stages, memory, queue</a></li>
+<li><a href="flexpipe/refactor">Refactorings</a>, <a href="flexpipe/events">events</a></li>
 <li><a href="health">Health</a></li>
 </ul>
 </body></html>

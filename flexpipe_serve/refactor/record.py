@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
+from itertools import pairwise
+from typing import Annotated
 
 import msgspec
+
+from flexpipe_serve.errors import InvalidRequestError
+
+MAX_REASON_CHARS = 200
+_Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class Mode(StrEnum):
@@ -45,11 +53,15 @@ class Outcome(StrEnum):
 
 
 class RefactorRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The body of ``POST /flexpipe/refactor``. Exactly one of ``stages`` and ``boundaries``."""
+    """The body of ``POST /flexpipe/refactor``. Exactly one of ``stages`` and ``boundaries``.
 
-    stages: int | None = None
+    Raises:
+        InvalidRequestError: naming the field that is out of range.
+    """
+
+    stages: _Int | None = None
     """Number of stages, with layers split as the server likes."""
-    boundaries: tuple[int, ...] | None = None
+    boundaries: tuple[_Int, ...] | None = None
     """First layer of each later stage; () is a single stage."""
     mode: Mode = Mode.LIVE
     dry_run: bool = False
@@ -62,6 +74,32 @@ class RefactorRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """Time from the start to the switch; then it is aborted."""
     reason: str = "requested"
     """Stands in the record."""
+
+    def __post_init__(self) -> None:
+        if (self.stages is None) == (self.boundaries is None):
+            seen = "neither" if self.stages is None else "both"
+            raise InvalidRequestError(f"Give either stages or boundaries; there are {seen}.", param="stages")
+        if self.stages is not None and self.stages < 1:
+            raise InvalidRequestError(f"stages is {self.stages}; it must be at least 1.", param="stages")
+        if self.boundaries is not None:
+            self._check_boundaries(self.boundaries)
+        for name in ("max_bytes_per_s", "timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InvalidRequestError(f"{name} is {value:g}; it must be above 0.", param=name)
+        if len(self.reason) > MAX_REASON_CHARS:
+            raise InvalidRequestError(
+                f"reason has {len(self.reason)} characters; at most {MAX_REASON_CHARS} are kept.", param="reason"
+            )
+
+    @staticmethod
+    def _check_boundaries(boundaries: tuple[int, ...]) -> None:
+        for former, latter in pairwise((0, *boundaries)):
+            if latter <= former:
+                what = "at least 1" if former == 0 else f"above the one before it, {former}"
+                raise InvalidRequestError(
+                    f"boundaries has {latter}; the first layer of each later stage must be {what}.", param="boundaries"
+                )
 
 
 class StagePlan(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from fake_refactorings import FakeRefactorings
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -44,7 +45,7 @@ class FakeTokenizer:
         return self.encode(text + "<|turn|>assistant\n" if kwargs.get("add_generation_prompt") else text)
 
 
-class FakeEngine:
+class FakeEngine(FakeRefactorings):
     """Replies ``reply``, token by token; a sampled sequence begins ``seed + index`` tokens later in it.
 
     Args:
@@ -69,6 +70,7 @@ class FakeEngine:
         max_running: int | None = None,
         max_model_len: int = 512,
     ) -> None:
+        super().__init__()
         self.tokenizer = FakeTokenizer()
         self.model = ModelCard(
             name="fake/model",

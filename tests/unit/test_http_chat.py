@@ -1,48 +1,23 @@
 """/v1/chat/completions: parameters in, OpenAI's shapes out."""
 
-import json
-
-import httpx
 import pytest
-from fake_engine import REPLY, FakeEngine
-
-from flexpipe_serve.deployments.api import create_app
+from fake_engine import REPLY
+from http_client import error_of, events_of, json_of
 
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture
-def engine():
-    return FakeEngine()
-
-
-@pytest.fixture
-async def client(engine):
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(create_app(lambda: engine)), base_url="http://test"
-    ) as client:
-        yield client
-
-
 async def chat(client, **body):
-    response = await client.post("/v1/chat/completions", json={"messages": HELLO, "temperature": 0, **body})
-    assert response.status_code == 200, response.text
-    return response.json()
+    return json_of(await client.post("/v1/chat/completions", json={"messages": HELLO, "temperature": 0, **body}))
 
 
 async def refused(client, **body):
-    response = await client.post("/v1/chat/completions", json={"messages": HELLO, **body})
-    assert response.status_code == 400, response.text
-    return response.json()["error"]
+    return error_of(await client.post("/v1/chat/completions", json={"messages": HELLO, **body}), 400)
 
 
 async def events(client, **body):
     body = {"messages": HELLO, "temperature": 0, "stream": True, **body}
-    response = await client.post("/v1/chat/completions", json=body)
-    assert response.status_code == 200, response.text
-    blocks = response.text.split("\n\n")
-    assert blocks[-2:] == ["data: [DONE]", ""]
-    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
+    return events_of(await client.post("/v1/chat/completions", json=body))
 
 
 async def test_shape(client, engine):

@@ -1,41 +1,15 @@
 """/v1/completions: parameters in, OpenAI's shapes out."""
 
-import json
-
-import httpx
-import pytest
-from fake_engine import REPLY, FakeEngine
-
-from flexpipe_serve.deployments.api import create_app
-
-
-@pytest.fixture
-def engine():
-    return FakeEngine()
-
-
-@pytest.fixture
-async def client(engine):
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(create_app(lambda: engine)), base_url="http://test"
-    ) as client:
-        yield client
+from fake_engine import REPLY
+from http_client import client_of, events_of, json_of
 
 
 async def complete(client, **body):
-    response = await client.post("/v1/completions", json={"model": "fake/model", "temperature": 0, **body})
-    assert response.status_code == 200, response.text
-    return response.json()
+    return json_of(await client.post("/v1/completions", json={"model": "fake/model", "temperature": 0, **body}))
 
 
-async def events(client, path="/v1/completions", **body):
-    response = await client.post(path, json={"temperature": 0, "stream": True, **body})
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-    blocks = response.text.split("\n\n")
-    assert blocks.pop() == ""
-    assert blocks.pop() == "data: [DONE]"
-    return [json.loads(block.removeprefix("data: ")) for block in blocks]
+async def events(client, **body):
+    return events_of(await client.post("/v1/completions", json={"temperature": 0, "stream": True, **body}))
 
 
 async def test_shape(client):
@@ -258,9 +232,7 @@ async def test_stream_logprobs_join_to_the_whole(client):
 async def test_model_name_is_escaped_in_chunks(engine):
     """A name that holds JSON must not break the prepared chunks."""
     object.__setattr__(engine.model, "name", 'a"text":""b\\')
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(create_app(lambda: engine)), base_url="http://test"
-    ) as client:
+    async with client_of(engine) as client:
         chunks = await events(client, prompt="hi", max_tokens=2)
     assert [c["model"] for c in chunks] == ['a"text":""b\\'] * 2
     assert chunks[0]["choices"][0]["text"] == "P"

@@ -1,42 +1,16 @@
 """Whatever is wrong, the answer has OpenAI's shape and names what to change."""
 
 import gzip
-import json
 import logging
 
 import httpx
 import pytest
 from fake_engine import FakeEngine
+from http_client import client_of, error_of, events_of
 
 from flexpipe_serve.deployments.api import create_app
 from flexpipe_serve.deployments.limits import HttpLimits
 from flexpipe_serve.errors import EngineUnavailableError, InvalidRequestError, QueueFullError
-
-
-@pytest.fixture
-def engine():
-    return FakeEngine()
-
-
-def client_of(engine, **options):
-    transport = httpx.ASGITransport(create_app(lambda: engine, **options))
-    return httpx.AsyncClient(transport=transport, base_url="http://test")
-
-
-@pytest.fixture
-async def client(engine):
-    async with client_of(engine) as client:
-        yield client
-
-
-def error_of(response, status):
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    assert response.headers["x-request-id"]
-    body = response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    return body["error"]
 
 
 async def refused(client, status=400, **body):
@@ -274,13 +248,11 @@ async def test_a_failure_in_mid_stream_is_an_event(failure, message, prompt):
     engine = FakeEngine(**{failure: 3})
     async with client_of(engine) as client:
         response = await client.post("/v1/completions", json={"prompt": prompt, "stream": True, "temperature": 0})
-    assert response.status_code == 200
-    blocks = response.text.split("\n\n")
-    assert blocks[-2:] == ["data: [DONE]", ""]
-    error = json.loads(blocks[-3].removeprefix("data: "))["error"]
+    *chunks, failed = events_of(response)
+    error = failed["error"]
     assert error["type"] == "server_error"
     assert error["message"].startswith(message)
-    pieces = [json.loads(block.removeprefix("data: "))["choices"][0] for block in blocks[:-3]]
+    pieces = [chunk["choices"][0] for chunk in chunks]
     assert "".join(p["text"] for p in pieces if p["index"] == 0) == "Par"
     assert engine.finished == []
     assert len(engine.aborted) == len(engine.started)
@@ -311,7 +283,7 @@ async def test_no_engine_yet():
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(create_app(no_engine)), base_url="http://test"
     ) as client:
-        for path in ("/health", "/v1/models", "/flexpipe/status"):
+        for path in ("/health", "/v1/models", "/flexpipe/status", "/flexpipe/refactor", "/flexpipe/refactor/r-1"):
             response = await client.get(path)
             assert error_of(response, 503)["message"] == "The stages are starting."
             assert response.headers["retry-after"]

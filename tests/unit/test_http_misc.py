@@ -2,28 +2,10 @@
 
 import threading
 
-import httpx
 import jsonschema
 import pytest
 from fake_engine import FakeEngine
-
-from flexpipe_serve.deployments.api import create_app
-
-
-@pytest.fixture
-def engine():
-    return FakeEngine()
-
-
-def client_of(engine, **options):
-    transport = httpx.ASGITransport(create_app(lambda: engine, **options))
-    return httpx.AsyncClient(transport=transport, base_url="http://test")
-
-
-@pytest.fixture
-async def client(engine):
-    async with client_of(engine) as client:
-        yield client
+from http_client import client_of
 
 
 async def test_models(client):
