@@ -7,12 +7,17 @@ stages have equal work.
 
 When blocks run out, the sequence that ranks last (lowest priority, newest) gives up its KV and waits to be computed
 again. A sequence never takes blocks from one that ranks higher, so the highest always gets on and everything ends.
+
+The number of blocks can change while all this goes on. A shrink moves KV down by copies that ride in the steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
 
 from flexpipe_serve.engine.outputs import FinishReason
 from flexpipe_serve.engine.request import Sequence, SequenceEnd, SequenceUpdate
@@ -23,9 +28,12 @@ from flexpipe_serve.engine.step_builder import Chunk, Step, build_batch, plan_st
 from flexpipe_serve.errors import InvalidRequestError
 from flexpipe_serve.pipeline.messages import StepBatch
 
+_MAX_COPIES = 8
+"""KV blocks that one step copies: few enough to be lost in the time it computes."""
+
 
 class Scheduler:
-    """Continuous batching over a fixed number of KV blocks.
+    """Continuous batching over the KV blocks of a pipeline.
 
     Args:
         num_blocks: KV blocks of ``block_size`` tokens, equal on all stages.
@@ -41,7 +49,8 @@ class Scheduler:
 
     @property
     def max_len(self) -> int:
-        """Prompt and output tokens one sequence can have: what the model and the KV cache allow."""
+        """Prompt and output tokens one sequence can have: what the model and the KV cache allow. ``shrink`` leaves it
+        alone, for the cache may grow again: who needs more blocks than there are waits for ``grow``."""
         return min(self.config.max_model_len, self._pool.num_kv_tokens)
 
     @property
@@ -102,14 +111,57 @@ class Scheduler:
         else:
             self._pool.end(sequence, end, now=now)
 
-    def schedule(self, *, step: int, epoch: int, num_stages: int, now: float, num_threads: int = 0) -> StepBatch | None:
+    @property
+    def num_blocks_needed(self) -> int:
+        """Blocks without which unfinished sequences would not go on as they are: those in use now, or those that the
+        longest of them may come to need. Where it ends early, it needed fewer."""
+        blocks = self._pool.blocks
+        longest = max((s.num_prompt_tokens + s.params.max_tokens for s in self._pool.groups), default=1)
+        return max(blocks.num_used, blocks.num_blocks_for(min(longest, self.max_len)))
+
+    @property
+    def is_shrunk(self) -> bool:
+        """True where no KV is above the limit and no step in flight copies any. Without a shrink it is true too, but
+        for the copies of one just taken back: wait for it before steps take another route."""
+        return self._pool.blocks.is_shrunk
+
+    def shrink(self, num_blocks: int) -> None:
+        """Use only the first ``num_blocks`` blocks from now on. The next steps carry copies that move KV down; when
+        ``is_shrunk``, the stages need no more.
+
+        Meant to last for a time: ``max_len`` stays until ``grow`` says what there is to be.
+
+        Raises:
+            RefactorRefusedError: more blocks are in use; nothing has changed.
+        """
+        self._pool.blocks.shrink(num_blocks)
+
+    def grow(self, num_blocks: int, *, now: float) -> list[Sequence]:
+        """Use ``num_blocks`` blocks from now on, no fewer than at present; the stages have them. At any time, also
+        while a shrink goes on. With the number there is already, it makes a shrink final.
+
+        Returns:
+            The sequences that ended: those too long for ``num_blocks`` blocks, if that is fewer than before the
+            shrink (``length``, or ``error`` where there is no output yet). Of those in flight the next update tells.
+        """
+        self._pool.grow(num_blocks)
+        return self._end_too_long(now)
+
+    def blocks_in_use(self) -> npt.NDArray[np.int32]:
+        """Ids of the blocks whose KV can still be read: of running sequences and of the prefix cache. Rising."""
+        return self._pool.blocks.in_use()
+
+    def schedule(
+        self, *, step: int, epoch: int, num_stages: int, now: float, num_threads: int = 0, patched_through: int = 0
+    ) -> StepBatch | None:
         """The next step, in flight from now on; None where ``num_stages`` are in flight or nothing can run.
 
         Call it until it returns None: the stages are only busy with as many steps in flight as there are stages.
+        In a shrink a step may have no rows and carry copies only.
 
         Args:
             step: a number no step in flight has.
-            num_threads: goes into the header as it is.
+            num_threads: goes into the header as it is, like ``patched_through``.
         """
         if len(self._in_flight) >= num_stages:
             return None
@@ -120,14 +172,21 @@ class Scheduler:
         if not rows:
             rows = self._continue_running(max_rows)
             self._admit_waiting(rows, max_rows, now)
-        if not rows:
+        copies = self._pool.take_moves(_MAX_COPIES)
+        if not rows and not copies:
             return None
         for seq, _ in rows:
             self._pool.start(seq, step)
-        plan = plan_step(rows)
+        plan = plan_step(rows, copies=copies)
         self._in_flight[step] = plan
-        block_size = self._pool.blocks.block_size
-        return build_batch(plan, step=step, epoch=epoch, block_size=block_size, num_threads=num_threads)
+        return build_batch(
+            plan,
+            step=step,
+            epoch=epoch,
+            block_size=self._pool.blocks.block_size,
+            num_threads=num_threads,
+            patched_through=patched_through,
+        )
 
     def complete(self, step: int, token_ids: Collection[int], *, now: float) -> list[SequenceUpdate]:
         """Take in a step's result: the sampled tokens, one for each sample of its header.
@@ -135,7 +194,7 @@ class Scheduler:
         Returns:
             One update for each row of the step, in order; nothing for a step that is not in flight (a void one).
         """
-        plan = self._in_flight.pop(step, None)
+        plan = self._land(step)
         if plan is None:
             return []
         assert len(token_ids) == plan.num_samples, f"step {step}: {len(token_ids)} tokens, {plan.num_samples} samples"
@@ -143,8 +202,9 @@ class Scheduler:
         return [self._advance(chunk, tokens, now) for chunk in plan.chunks]
 
     def fail_step(self, step: int, *, now: float) -> list[SequenceUpdate]:
-        """A step raised on a stage: its writes are void. Its sequences wait to be computed again from their tokens,
-        each alone until it has a new token: one may be to blame, and the others shall not fail with it again.
+        """A step raised on a stage: its writes are void, though not its copies. Its sequences wait to be computed again
+        from their tokens, each alone until it has a new token: one may be to blame, and the others shall not fail with
+        it again.
 
         What earlier steps computed stays in the prefix cache. ``Sequence.num_failed_steps`` counts the failures since
         its last token, so that the caller can end those that fail again. Blocks go back at once: no stage may execute
@@ -153,7 +213,7 @@ class Scheduler:
         Returns:
             One update without tokens for each row, in order; nothing for a step that is not in flight.
         """
-        plan = self._in_flight.pop(step, None)
+        plan = self._land(step)
         if plan is None:
             return []
         for chunk in plan.chunks:
@@ -177,15 +237,11 @@ class Scheduler:
         """
         self._in_flight.clear()
         self._pool.reset(num_blocks)
-        ended = []
-        for seq in list(self._pool.waiting):
-            end = seq.end_requested
-            if end is None and len(seq.tokens) + min(1, seq.params.max_tokens) > self.max_len:
-                end = SequenceEnd("length" if seq.num_output_tokens else "error")
-            if end is not None:
-                self._pool.end(seq, end, now=now)
-                ended.append(seq)
-        return ended
+        requested = [seq for seq in self._pool.waiting if seq.end_requested is not None]
+        for seq in requested:
+            assert seq.end_requested is not None
+            self._pool.end(seq, seq.end_requested, now=now)
+        return requested + self._end_too_long(now)
 
     def stats(self) -> SchedulerStats:
         """What holds now."""
@@ -208,7 +264,21 @@ class Scheduler:
         steps = {c.sequence: step for step, plan in self._in_flight.items() for c in plan.chunks}
         assert len(steps) == sum(len(plan.chunks) for plan in self._in_flight.values()), "a sequence is in two steps"
         assert steps == {seq: seq.in_flight for seq in self._pool.running if seq.in_flight is not None}
-        self._pool.check_integrity()
+        self._pool.check_integrity(tuple(copy for plan in self._in_flight.values() for copy in plan.copies))
+
+    def _land(self, step: int) -> Step | None:
+        """Take a step out of flight, None for a void one. Its copies are made, whatever became of its rows."""
+        plan = self._in_flight.pop(step, None)
+        if plan is not None:
+            self._pool.blocks.finish_moves(plan.copies)
+        return plan
+
+    def _end_too_long(self, now: float) -> list[Sequence]:
+        """End the sequences without room for another token, those in flight with their step. Those that have ended."""
+        too_long = [s for s in self._pool.groups if len(s.tokens) + min(1, s.params.max_tokens) > self.max_len]
+        for seq in too_long:
+            self.finish(seq, "length" if seq.num_output_tokens else "error", now=now)
+        return [seq for seq in too_long if seq.is_finished]
 
     def _retry_suspect(self, now: float) -> list[tuple[Sequence, int]]:
         """A row of a sequence whose last step failed, alone; empty where none can run now."""

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 
 from flexpipe_serve.engine.request import Sequence, SequenceEnd, SequenceStatus
 from flexpipe_serve.engine.request_groups import RequestGroups
-from flexpipe_serve.kv.block_manager import BlockManager
+from flexpipe_serve.kv.block_manager import BlockManager, Moves
 
 
 class SequencePool:
@@ -27,6 +27,9 @@ class SequencePool:
         """All that hold KV."""
         self.ready: OrderedDict[Sequence, None] = OrderedDict()
         """Running and in no step; who was computed longest ago stands first."""
+        self.num_kv_tokens = num_blocks * block_size
+        """Tokens one sequence can count on. More than all blocks can hold while the KV cache is shrunk for a time: who
+        needs more then waits until it grows."""
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_prefix_hit_tokens = 0
@@ -34,19 +37,14 @@ class SequencePool:
     def __len__(self) -> int:
         return len(self.running) + len(self.waiting)
 
-    @property
-    def num_kv_tokens(self) -> int:
-        """Tokens all blocks together can hold."""
-        return self.blocks.num_blocks * self.blocks.block_size
-
     def add(self, seq: Sequence) -> None:
         """Let a new sequence wait."""
         insort(self.waiting, seq, key=rank)
         self.groups.add(seq)
 
     def admissible(self) -> Iterator[Sequence]:
-        """The waiting sequences by rank, without those that wait for a sibling."""
-        return (seq for seq in self.waiting if not self.groups.is_held_back(seq))
+        """The waiting sequences by rank, without those that wait for a sibling or for the KV cache to grow."""
+        return (seq for seq in self.waiting if self._fits_alone(seq) and not self.groups.is_held_back(seq))
 
     def find_room(self, seq: Sequence) -> list[int] | None:
         """Blocks the prefix cache has for a waiting sequence; None where those it still needs are not to be had."""
@@ -83,18 +81,20 @@ class SequencePool:
             spared: ready sequences that must stay.
 
         Returns:
-            False where only sequences could help that rank higher, are spared or are in flight.
+            False where only sequences could help that rank higher, are spared or are in flight; also where the whole
+            KV cache is too small for now: then it waits, and others can run meanwhile.
         """
         num_missing = self._num_missing_blocks(seq)
         if num_missing == 0:
             return True
+        if not self._fits_alone(seq):
+            self._preempt(seq)
+            return False
         while self.blocks.num_available < num_missing:
             victim = max((s for s in self.ready if s not in spared), key=rank)
             if victim is seq:
                 return False
-            self.evict(victim)
-            victim.num_preemptions += 1
-            self.num_preemptions += 1
+            self._preempt(victim)
         self.blocks.allocate(num_missing, seq.block_table)
         return True
 
@@ -138,9 +138,19 @@ class SequencePool:
         for seq in list(self.running):
             self.evict(seq)
         self.blocks.reset(num_blocks)
+        self.num_kv_tokens = num_blocks * self.blocks.block_size
         self.groups.forget_computed()
 
-    def check_integrity(self) -> None:
+    def grow(self, num_blocks: int) -> None:
+        """More blocks than now, or as many; what one sequence can count on is what they hold."""
+        self.blocks.grow(num_blocks)
+        self.num_kv_tokens = num_blocks * self.blocks.block_size
+
+    def take_moves(self, max_moves: int) -> Moves:
+        """Copies for the next step, which bring blocks and their tables below the limit of a shrink."""
+        return self.blocks.take_moves((seq.block_table for seq in self.running), max_moves=max_moves)
+
+    def check_integrity(self, unfinished_moves: Moves) -> None:
         """Raises AssertionError where a block or a sequence is lost or in two places."""
         in_flight = {seq for seq in self.running if seq.in_flight is not None}
         assert in_flight | set(self.ready) == self.running
@@ -149,7 +159,12 @@ class SequencePool:
         assert sorted(self.groups, key=rank) == sorted(self.running.union(self.waiting), key=rank)
         assert self.waiting == sorted(self.waiting, key=rank)
         assert all(seq.num_computed == len(seq.block_table) == 0 for seq in self.waiting)
-        self.blocks.check_integrity(seq.block_table for seq in self.running)
+        self.blocks.check_integrity((seq.block_table for seq in self.running), unfinished_moves)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.evict(seq)
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
 
     def _leave_running(self, seq: Sequence) -> None:
         self.blocks.release(seq.block_table)
@@ -158,6 +173,9 @@ class SequencePool:
 
     def _num_missing_blocks(self, seq: Sequence) -> int:
         return self.blocks.num_blocks_for(len(seq.tokens)) - len(seq.block_table)
+
+    def _fits_alone(self, seq: Sequence) -> bool:
+        return len(seq.tokens) <= self.blocks.num_blocks * self.blocks.block_size
 
     def _waiting_position(self, seq: Sequence) -> int:
         position = bisect_left(self.waiting, rank(seq), key=rank)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexpipe_serve.engine.request import Sequence
+from flexpipe_serve.kv.block_manager import Moves
 from flexpipe_serve.pipeline.messages import PromptLogprobSpec, SampleSpec, StepBatch, StepHeader
 
 Int32 = npt.NDArray[np.int32]
@@ -33,9 +34,11 @@ class Step:
 
     chunks: tuple[Chunk, ...]
     num_samples: int
+    copies: Moves
+    """KV blocks that the stages copy first."""
 
 
-def plan_step(rows: AbstractSequence[tuple[Sequence, int]]) -> Step:
+def plan_step(rows: AbstractSequence[tuple[Sequence, int]], *, copies: Moves = ()) -> Step:
     """Decide which of the (sequence, number of new tokens) rows sample and which give prompt log probabilities."""
     chunks: list[Chunk] = []
     num_samples = num_prompt_logprobs = 0
@@ -50,10 +53,12 @@ def plan_step(rows: AbstractSequence[tuple[Sequence, int]]) -> Step:
             prompt_logprobs_index = num_prompt_logprobs
             num_prompt_logprobs += 1
         chunks.append(Chunk(seq, num_new, sample_index, prompt_logprobs_index, num_targets))
-    return Step(tuple(chunks), num_samples)
+    return Step(tuple(chunks), num_samples, copies)
 
 
-def build_batch(step_plan: Step, *, step: int, epoch: int, block_size: int, num_threads: int) -> StepBatch:
+def build_batch(
+    step_plan: Step, *, step: int, epoch: int, block_size: int, num_threads: int, patched_through: int
+) -> StepBatch:
     """The message of a planned step. Its arrays are copies: the sequences may change while it is sent."""
     chunks = step_plan.chunks
     samples: list[SampleSpec] = []
@@ -76,10 +81,10 @@ def build_batch(step_plan: Step, *, step: int, epoch: int, block_size: int, num_
     num_computed = np.array([c.sequence.num_computed for c in chunks], np.int32)
     num_new = np.array([c.num_new for c in chunks], np.int32)
     num_blocks = (-(-(num_computed + num_new) // block_size)).tolist()
-    block_tables = np.zeros((len(chunks), max(num_blocks)), np.int32)
+    block_tables = np.zeros((len(chunks), max(num_blocks, default=0)), np.int32)
     for row, (chunk, num) in enumerate(zip(chunks, num_blocks, strict=True)):
         block_tables[row, :num] = chunk.sequence.block_table.view(0, num)
-    token_ids = np.concatenate([_chunk_tokens(c.sequence, c.num_new) for c in chunks])
+    token_ids = _concatenate([_chunk_tokens(c.sequence, c.num_new) for c in chunks])
     header = StepHeader(
         epoch=epoch,
         step=step,
@@ -87,6 +92,8 @@ def build_batch(step_plan: Step, *, step: int, epoch: int, block_size: int, num_
         num_tokens=len(token_ids),
         table_width=block_tables.shape[1],
         num_threads=num_threads,
+        copies=step_plan.copies,
+        patched_through=patched_through,
         samples=tuple(samples),
         prompt_logprobs=tuple(prompt_logprobs),
     )

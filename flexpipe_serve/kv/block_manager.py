@@ -7,6 +7,11 @@ Pure bookkeeping over block ids; the memory itself lives in the stages. A block 
 The prefix cache is a tree: a cached block is found by (the prefix before it, its own tokens). A prefix is named by a
 number that is given out once and never again, so two different prefixes cannot be taken for each other whatever
 their hashes do: the dictionary compares the tokens. Nor does it depend on the id of the block that holds it.
+
+A shrink takes effect in the counts at once: as many cached blocks go as no longer fit, and *high* blocks (those with
+content above the new limit) have a free block each set aside below it. So the moves can be made little by little, in
+any order with everything else, and never fail. Between a move and the end of the step that copies the contents, the
+block moved from is *withheld*, also where it is below the limit again because the capacity has grown meanwhile.
 """
 
 from __future__ import annotations
@@ -15,12 +20,18 @@ import heapq
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
+from flexpipe_serve.errors import RefactorRefusedError
 from flexpipe_serve.kv.int_vector import Int32Vector
 
 _ROOT = 0
 """The prefix of no tokens."""
 
 _PrefixKey = tuple[int, tuple[int, ...]]
+Moves = tuple[tuple[int, int], ...]
+"""Blocks whose contents move: (from, to)."""
 
 
 class BlockManager:
@@ -46,16 +57,21 @@ class BlockManager:
         self._num_references = [0] * num_blocks
         # A heap: low ids go first, so that high ids tend to be free.
         self._free = list(range(num_blocks))
-        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._cached: OrderedDict[int, int] = OrderedDict()
+        """Prefix -> block, so that a block keeps its turn when it moves."""
         self._block_of: dict[_PrefixKey, int] = {}
         self._key_of: dict[int, _PrefixKey] = {}
         self._prefix_of: dict[int, int] = {}
         self._next_prefix = _ROOT + 1
+        self._high: OrderedDict[int, None] = OrderedDict()
+        """Used and cached blocks above the limit, in the order in which they are to move."""
+        self._withheld: set[int] = set()
+        """Moved from by steps that are not over."""
 
     @property
     def num_free(self) -> int:
-        """Blocks without content."""
-        return len(self._free)
+        """Blocks without content, but for those that high blocks move to."""
+        return len(self._free) - len(self._high)
 
     @property
     def num_cached(self) -> int:
@@ -65,12 +81,17 @@ class BlockManager:
     @property
     def num_used(self) -> int:
         """Blocks held by at least one table."""
-        return self.num_blocks - self.num_available
+        return self.num_blocks - self.num_available - self._num_withheld(self.num_blocks)
 
     @property
     def num_available(self) -> int:
         """Blocks ``allocate`` can hand out: free and cached ones."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + len(self._cached) - len(self._high)
+
+    @property
+    def is_shrunk(self) -> bool:
+        """True where every block with content is below ``num_blocks`` and no move is unfinished."""
+        return not self._high and not self._withheld
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that ``num_tokens`` tokens of one sequence take."""
@@ -103,7 +124,9 @@ class BlockManager:
         """Append ``num`` (at most ``num_available``) blocks to write to; cached contents go, oldest first."""
         assert num <= self.num_available, f"{num} blocks wanted, {self.num_available} available"
         for _ in range(num):
-            block = heapq.heappop(self._free) if self._free else self._evict()
+            if len(self._free) == len(self._high):
+                self._evict()
+            block = heapq.heappop(self._free)
             self._num_references[block] = 1
             table.append(block)
 
@@ -138,14 +161,92 @@ class BlockManager:
             self._release_block(block)
         table.clear()
 
-    def check_integrity(self, tables: Iterable[Int32Vector]) -> None:
-        """Raises AssertionError unless free, cached and used blocks are what ``tables``, all there are, imply."""
+    def shrink(self, num_blocks: int) -> None:
+        """Hand out no more than ``num_blocks`` blocks, and none but the first ones, from now on.
+
+        Cached contents that no longer fit go, oldest first. What is left above the limit is for ``take_moves``.
+
+        Raises:
+            RefactorRefusedError: more blocks are used; nothing has changed.
+        """
+        assert 0 < num_blocks <= self.num_blocks
+        num_needed = self.num_used + self._num_withheld(num_blocks)
+        if num_needed > num_blocks:
+            raise RefactorRefusedError(
+                f"The KV cache cannot shrink to {num_blocks} blocks: {num_needed} are in use. "
+                "Wait until requests have ended, or keep more blocks."
+            )
+        self.num_blocks = num_blocks
+        self._free = sorted(block for block in self._free if block < num_blocks)
+        used = (block for block, num in enumerate(self._num_references) if num > 0)
+        # Of the cached ones the newest first: the oldest may be evicted before their turn to move.
+        self._high = OrderedDict.fromkeys(b for b in (*used, *reversed(self._cached.values())) if b >= num_blocks)
+        while len(self._free) < len(self._high):
+            self._evict()
+
+    def grow(self, num_blocks: int) -> None:
+        """Hand out ``num_blocks`` blocks from now on; a shrink in progress is taken back so far."""
+        assert num_blocks >= self.num_blocks
+        self._num_references += [0] * (num_blocks - len(self._num_references))
+        added = range(self.num_blocks, num_blocks)
+        # They are greater than all that are free, and rising: the list remains a heap.
+        self._free += [block for block in added if block not in self._high and block not in self._withheld]
+        for block in [block for block in self._high if block < num_blocks]:
+            del self._high[block]
+        self.num_blocks = num_blocks
+
+    def take_moves(self, tables: Iterable[Int32Vector], *, max_moves: int) -> Moves:
+        """Move high blocks down: in the books and in ``tables``, all there are, it is done when this returns.
+
+        The next step has to copy the contents before it computes anything; call ``finish_moves`` when it is over.
+        Steps in flight may still write to the blocks moved from, if every stage executes them before that step.
+        """
+        moves: dict[int, int] = {}
+        while self._high and len(moves) < max_moves:
+            source, _ = self._high.popitem(last=False)
+            moves[source] = heapq.heappop(self._free)
+            self._rename(source, moves[source])
+        if moves:
+            new_ids = np.arange(len(self._num_references), dtype=np.int32)
+            new_ids[list(moves.keys())] = list(moves.values())
+            for table in tables:
+                ids = table.view()
+                ids[:] = new_ids[ids]
+            self._withheld.update(moves)
+        return tuple(moves.items())
+
+    def finish_moves(self, moves: Moves) -> None:
+        """The step with these copies is over: the blocks moved from have no content any more."""
+        for source, _ in moves:
+            self._withheld.remove(source)
+            if source < self.num_blocks:
+                heapq.heappush(self._free, source)
+
+    def in_use(self) -> npt.NDArray[np.int32]:
+        """Ids of the blocks with content, used and cached, rising."""
+        has_content = np.array(self._num_references) > 0
+        has_content[list(self._cached.values())] = True
+        return np.flatnonzero(has_content).astype(np.int32)
+
+    def check_integrity(self, tables: Iterable[Int32Vector], unfinished_moves: Moves = ()) -> None:
+        """Raises AssertionError unless free, cached, used and withheld blocks are what ``tables`` and
+        ``unfinished_moves``, all there are, imply."""
         num_references = Counter(block for table in tables for block in table.view().tolist())
-        free, cached, used = set(self._free), set(self._cached), set(num_references)
+        free, cached, used = set(self._free), set(self._cached.values()), set(num_references)
+        states = (free, cached, used, self._withheld)
+        below = set(range(self.num_blocks))
+        assert sorted(self._withheld) == sorted(source for source, _ in unfinished_moves), "a move is lost"
         assert len(free) == len(self._free), "a block is free twice"
-        assert len(free) + len(cached) + len(used) == self.num_blocks, "a block is lost or in two states"
-        assert free | cached | used == set(range(self.num_blocks)), "a block is lost"
-        assert self._num_references == [num_references[b] for b in range(self.num_blocks)], "wrong reference count"
+        assert len(cached) == len(self._cached), "a block is cached twice"
+        assert sum(map(len, states)) == len(set().union(*states)), "a block is in two states"
+        assert set().union(*states) >= below, "a block is lost"
+        assert free <= below, "a block above the limit is free"
+        assert set(self._high) == (cached | used) - below, "a block above the limit does not move"
+        assert len(free) >= len(self._high), "a block has nowhere to move"
+        assert self.num_free + self.num_cached + self.num_used + len(self._withheld & below) == self.num_blocks
+        assert self.num_used == len(used)
+        assert self._num_references == [num_references[b] for b in range(len(self._num_references))], "wrong count"
+        assert all(self._prefix_of[block] == prefix for prefix, block in self._cached.items())
         assert self._key_of.keys() == self._prefix_of.keys()
         assert {block: key for key, block in self._block_of.items()} == self._key_of
         assert cached <= self._key_of.keys() <= cached | used
@@ -170,19 +271,40 @@ class BlockManager:
 
     def _acquire_block(self, block: int) -> None:
         if self._num_references[block] == 0:
-            del self._cached[block]
+            del self._cached[self._prefix_of[block]]
         self._num_references[block] += 1
 
     def _release_block(self, block: int) -> None:
         self._num_references[block] -= 1
         if self._num_references[block] == 0:
-            if block in self._key_of:
-                self._cached[block] = None
+            prefix = self._prefix_of.get(block)
+            if prefix is None:
+                self._drop(block)
             else:
-                heapq.heappush(self._free, block)
+                self._cached[prefix] = block
 
-    def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
+    def _evict(self) -> None:
+        """Drop the oldest cached content: one more block below the limit is free, or one fewer has to move there."""
+        _, block = self._cached.popitem(last=False)
         del self._block_of[self._key_of.pop(block)]
         del self._prefix_of[block]
-        return block
+        self._drop(block)
+
+    def _drop(self, block: int) -> None:
+        if block < self.num_blocks:
+            heapq.heappush(self._free, block)
+        else:
+            del self._high[block]
+
+    def _rename(self, source: int, target: int) -> None:
+        self._num_references[target] = self._num_references[source]
+        self._num_references[source] = 0
+        key = self._key_of.pop(source, None)
+        if key is not None:
+            prefix = self._prefix_of.pop(source)
+            self._block_of[key], self._key_of[target], self._prefix_of[target] = target, key, prefix
+            if prefix in self._cached:
+                self._cached[prefix] = target
+
+    def _num_withheld(self, num_blocks: int) -> int:
+        return sum(1 for block in self._withheld if block < num_blocks)
