@@ -4,6 +4,13 @@ One :class:`KVGiver` at the source and one :class:`KVTaker` at the target make o
 a thread, a lock, a clock or a socket: the stage's data loop calls them between steps, sends the frames they return and
 passes the time in. Snapshot chunks and patches are made by that one thread and travel on one edge in order, so
 what arrives later is never older.
+
+What holds at the target once ``snapshot_complete``: in every block that held KV at the beginning or was written since,
+each token that was written is the source's, byte for byte, as it was after ``through_step``. So are the slots of
+such a block that no token was written to where the source's attention zeroes a block when it begins it, as torch's
+does. Where it leaves there what the block's former owner wrote, those slots may differ: a patch that begins a
+block zeroes it. Nothing is said of tokens of a step that was dropped, which are written anew before they count, and of
+blocks that no message named.
 """
 
 from __future__ import annotations
@@ -11,13 +18,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from flexpipe_serve.pipeline.messages import CopyHeader, Frame, PatchAckHeader, PatchHeader, StepBatch
+from flexpipe_serve.errors import CopyError
+from flexpipe_serve.kv.rows import gather, row_bytes, scatter, zero_blocks
+from flexpipe_serve.kv.transfer_plan import (
+    Int32,
+    Int64,
+    Pace,
+    Snapshot,
+    begun_blocks,
+    places_of_new_tokens,
+    rows_of_places,
+)
+from flexpipe_serve.pipeline.messages import CopyHeader, Frame, PatchAckHeader, PatchHeader, StepBatch, encode
 
 KVOfLayer = Callable[[int], torch.Tensor]
-"""A layer's committed KV, [num_blocks, 2, block_size, num_kv_heads, head_dim]; asked anew for every message."""
+"""A layer's committed KV, [num_blocks, 2, block_size, num_kv_heads, head_dim]; asked anew for every message. The
+number of blocks must not change during a copy."""
 
 
 class KVGiver:
@@ -27,16 +45,14 @@ class KVGiver:
     idle moments, and now and then where there are none, :meth:`next_chunk`.
     """
 
-    def __init__(
-        self, header: CopyHeader, blocks: npt.NDArray[np.int32], *, source: str, last_step: int, kv: KVOfLayer
-    ) -> None:
+    def __init__(self, header: CopyHeader, blocks: Int32, *, source: str, last_step: int, kv: KVOfLayer) -> None:
         """Begin mirroring.
 
         Args:
             header: the command to copy.
             blocks: that came with it: ids of the blocks that hold KV, in any order.
             source: name of this stage.
-            last_step: last step of the old epoch that this stage executed (0: none).
+            last_step: last step of the old epoch that this stage executed or dropped (0: none).
             kv: of the layers in ``header``.
 
         Raises:
@@ -45,30 +61,77 @@ class KVGiver:
         self.epoch = header.epoch
         self.old_epoch = header.old_epoch
         self.target = header.target
-        raise NotImplementedError
-
-    @property
-    def is_complete(self) -> bool:
+        self.is_complete = False
         """The last snapshot message is made; steps still make patches."""
-        raise NotImplementedError
+        self._layers = header.layers
+        self._source = source
+        self._kv = kv
+        self._last_step = last_step
+        self._last_number = 0
+        segment = kv(header.layers[0])
+        num_blocks, _, self._block_size = segment.shape[:3]
+        if not ((blocks >= 0) & (blocks < num_blocks)).all():
+            raise CopyError(
+                f"stage {source!r} was told to copy blocks {blocks.min()} to {blocks.max()}, but its segments have "
+                f"{num_blocks} blocks."
+            )
+        self._snapshot = Snapshot(
+            blocks, num_blocks=num_blocks, layers=header.layers, block_bytes=row_bytes(segment, rows_per_block=1)
+        )
+        self._pace = Pace(max_bytes_per_s=header.max_bytes_per_s)
 
     def on_step(self, step: int, batch: StepBatch | None) -> list[Frame]:
         """The patch of a step of the old epoch that was just executed; None: it was dropped and wrote nothing that
         counts. There is a patch for every step, so that ``through_step`` advances."""
-        raise NotImplementedError
+        assert step > self._last_step, f"step {step} after step {self._last_step}"
+        self._last_step = step
+        places = np.empty(0, np.int64)
+        if batch is not None:
+            assert not batch.header.copies, "blocks are moved down before a copy begins, never during one"
+            written = places_of_new_tokens(
+                batch.num_computed, batch.num_new, batch.block_tables, block_size=self._block_size
+            )
+            places = self._snapshot.without_pending(written, block_size=self._block_size)
+        rows = rows_of_places(places, block_size=self._block_size)
+        return self._message(self._layers, places, rows, rows_per_block=2 * self._block_size)
 
     def next_chunk(self, now: float) -> list[Frame] | None:
         """The next snapshot message; None where :meth:`ready_at` is later than ``now`` or None."""
-        raise NotImplementedError
+        ready_at = self.ready_at(now)
+        if ready_at is None or ready_at > now:
+            return None
+        chunk = self._snapshot.take()
+        frames = self._message(chunk.layers, chunk.blocks, chunk.blocks.astype(np.int64), rows_per_block=1)
+        self._pace.on_sent(self._last_number, num_bytes=sum(len(frame) for frame in frames), now=now)
+        return frames
 
     def ready_at(self, now: float) -> float | None:
         """When the next snapshot message may be made, ``now`` at the earliest. None: an acknowledgement must come
         first, or the snapshot is complete."""
-        raise NotImplementedError
+        return None if self.is_complete else self._pace.ready_at(now)
 
     def on_ack(self, header: PatchAckHeader) -> None:
         """The target applied every message up to ``header.number``."""
-        raise NotImplementedError
+        self._pace.on_ack(header.number)
+
+    def _message(
+        self, layers: tuple[int, ...], places: Int32 | Int64, rows: Int64, *, rows_per_block: int
+    ) -> list[Frame]:
+        self._last_number += 1
+        self.is_complete = self._snapshot.is_taken
+        header = PatchHeader(
+            epoch=self.epoch,
+            source=self._source,
+            number=self._last_number,
+            through_step=self._last_step,
+            layers=layers,
+            is_snapshot=rows_per_block == 1,
+            snapshot_complete=self.is_complete,
+        )
+        if not places.size:
+            return encode(header, b"", b"")
+        kv = gather([self._kv(layer) for layer in layers], rows, rows_per_block=rows_per_block)
+        return encode(header, places.astype(np.int32).data.cast("B"), kv)
 
 
 class KVTaker:
@@ -76,14 +139,6 @@ class KVTaker:
 
     For every message the loop calls :meth:`apply` and sends :meth:`ack` back, also where the number was a repeated one.
     """
-
-    epoch: int
-    through_step: int
-    """Last step of the old epoch whose writes are in; 0 before the first message. It counts only once the snapshot is
-    complete: see :meth:`reached`."""
-    snapshot_complete: bool
-    snapshot_bytes: int
-    patch_bytes: int
 
     def __init__(self, *, epoch: int, source: str, target: str, layers: Sequence[int], kv: KVOfLayer) -> None:
         """Expect message 1.
@@ -95,7 +150,17 @@ class KVTaker:
             layers: that it gives.
             kv: of those layers.
         """
-        raise NotImplementedError
+        self.epoch = epoch
+        self.source = source
+        self.through_step = 0
+        """Last step of the old epoch whose writes are in; it counts only once the snapshot is complete."""
+        self.snapshot_complete = False
+        self.snapshot_bytes = 0
+        self.patch_bytes = 0
+        self._target = target
+        self._layers = frozenset(layers)
+        self._kv = kv
+        self._last_number = 0
 
     def apply(self, header: PatchHeader, buffers: Sequence[Frame]) -> bool:
         """Write one message's KV into the segments; False (and nothing is done) for a number that came before.
@@ -103,12 +168,51 @@ class KVTaker:
         Raises:
             CopyError: a message is missing, or this one is malformed. Nothing was written; the copy is broken.
         """
-        raise NotImplementedError
+        if header.number <= self._last_number:
+            return False
+        if header.number > self._last_number + 1:
+            raise self._error(header, f"came after message {self._last_number}: one is missing")
+        if header.through_step < self.through_step:
+            raise self._error(header, f"goes through step {header.through_step}, after step {self.through_step}")
+        if not header.layers or not self._layers.issuperset(header.layers):
+            raise self._error(header, f"has layers {header.layers}, but {sorted(self._layers)} are to come")
+        layers = [self._kv(layer) for layer in header.layers]
+        num_blocks, _, block_size = layers[0].shape[:3]
+        rows_per_block = 1 if header.is_snapshot else 2 * block_size
+        places = self._places(header, buffers, num_blocks if header.is_snapshot else num_blocks * block_size)
+        rows = places if header.is_snapshot else rows_of_places(places, block_size=block_size)
+        num_bytes = len(buffers[1])
+        if num_bytes != len(layers) * len(rows) * row_bytes(layers[0], rows_per_block=rows_per_block):
+            raise self._error(header, f"has {num_bytes} bytes of KV for {len(places)} places in {len(layers)} layers")
+        if len(rows):
+            if not header.is_snapshot and (begun := begun_blocks(places, block_size=block_size)).size:
+                zero_blocks(layers, begun)
+            scatter(layers, rows, buffers[1], rows_per_block=rows_per_block)
+        if header.is_snapshot:
+            self.snapshot_bytes += num_bytes
+        else:
+            self.patch_bytes += num_bytes
+        self._last_number = header.number
+        self.through_step = header.through_step
+        self.snapshot_complete |= header.snapshot_complete
+        return True
 
     def ack(self) -> list[Frame]:
         """The acknowledgement of everything applied so far."""
-        raise NotImplementedError
+        return encode(PatchAckHeader(epoch=self.epoch, target=self._target, number=self._last_number))
 
     def reached(self, step: int) -> bool:
         """The snapshot and the patches of every old step up to ``step`` are applied (0: the snapshot alone)."""
-        raise NotImplementedError
+        return self.snapshot_complete and self.through_step >= step
+
+    def _places(self, header: PatchHeader, buffers: Sequence[Frame], limit: int) -> Int64:
+        if len(buffers) != 2 or len(buffers[0]) % 4:
+            raise self._error(header, f"has buffers of {[len(buffer) for buffer in buffers]} bytes")
+        places = np.frombuffer(buffers[0], np.int32).astype(np.int64)
+        in_order = np.sort(places)
+        if places.size and (in_order[0] < 0 or in_order[-1] >= limit or (np.diff(in_order) == 0).any()):
+            raise self._error(header, f"has places that are not distinct or not within 0 to {limit - 1}")
+        return places
+
+    def _error(self, header: PatchHeader, what: str) -> CopyError:
+        return CopyError(f"KV from stage {self.source!r} for epoch {self.epoch}: message {header.number} {what}.")
