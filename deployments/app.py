@@ -6,7 +6,9 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import AsyncGenerator
 from concurrent.futures import Future
+from contextlib import aclosing
 from typing import Any
 
 import ray
@@ -15,6 +17,7 @@ from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_get, 
 
 from flexpipe_serve.config import ServeArgs, UserConfig, parse
 from flexpipe_serve.deployments.api import create_app
+from flexpipe_serve.deployments.asgi_call import call
 from flexpipe_serve.deployments.limits import HttpLimits
 from flexpipe_serve.engine.assemble import build_engine, layout_of, model_name
 from flexpipe_serve.engine.engine import Engine
@@ -23,6 +26,7 @@ from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.model.source import ModelSpec
 from flexpipe_serve.pipeline.channel import CurveKeys
 from flexpipe_serve.pipeline.ray_host import RayStageHost
+from flexpipe_serve.transport import Head
 
 logger = logging.getLogger(__name__)
 _SWITCH_INTERVAL_S = 0.0005
@@ -53,9 +57,18 @@ class Router:
         self._api_keys = _resolve_keys(self._args.api_keys)
         self._spec: ModelSpec | None = None
         self._user_config = UserConfig()
+        # Whoever reaches the replica through Ray may do anything, so no keys are asked for.
+        self._app_for_handles = create_app(self._get_engine, get_limits=self._get_limits)
+        self._layout_change: Future[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(self._get_engine, get_limits=self._get_limits, api_keys=self._api_keys)
+
+    async def request(self, method: str, path: str, body: bytes) -> AsyncGenerator[Head | bytes]:
+        """What the HTTP API answers, for handles: its status and headers, then its body in pieces."""
+        async with aclosing(call(self._app_for_handles, method, path, body)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take a ``user_config``: at the start it brings the pipeline up, later it changes what differs.
@@ -106,10 +119,13 @@ class Router:
         self._engine.config_error = None
         self._user_config = config
         self._engine.set_max_waiting(config.limits.max_waiting)
-        # Not awaited: while stages load, the next user_config must be able to come through.
-        self._engine.set_layout(layout).add_done_callback(self._on_layout_changed)
+        # Not awaited: while layers move, the next user_config must be able to come through.
+        self._layout_change = self._engine.set_layout(layout)
+        self._layout_change.add_done_callback(self._on_layout_changed)
 
     def _on_layout_changed(self, change: Future[None]) -> None:
+        if change is not self._layout_change or change.cancelled():
+            return  # a later one took its place, and the status is about that
         error = change.exception()
         if error is not None:
             self._refuse(error)
