@@ -27,7 +27,6 @@ from flexpipe_serve.handle import Handle
 from flexpipe_serve.refactor.record import Mode, Outcome, Phase
 from flexpipe_serve.transport import ServeTransport
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.serve")
 
 
