@@ -14,8 +14,11 @@ import stat
 from pathlib import Path
 from types import TracebackType
 
+from flexpipe_serve.kv.file_lock import is_current, remove_unused, try_lock_exclusive
+
 SHM_ROOT = Path("/dev/shm")
 _LOCK_NAME = "lock"
+_SEGMENT_SUFFIX = ".kv"
 
 
 class DomainFolder:
@@ -38,9 +41,15 @@ class DomainFolder:
         self.path = root / (_prefix() + hashlib.sha256(key.encode()).hexdigest()[:16])
         self._lock_fd = self._join()
 
-    def segment_path(self, layer: int) -> Path:
-        """Where the KV of ``layer`` (its global index) lies."""
-        return self.path / f"layer-{layer}.kv"
+    def segment_path(self, layer: int, *, stage: str | None = None) -> Path:
+        """Where the KV of ``layer`` (its global index) lies: for all stages, or for one that shares it with nobody."""
+        return self.path / (
+            f"layer-{layer}{_SEGMENT_SUFFIX}" if stage is None else f"{stage}.layer-{layer}{_SEGMENT_SUFFIX}"
+        )
+
+    def sweep_segments(self) -> list[Path]:
+        """Remove segments that only dead processes mapped: a killed one leaves its KV behind. Returns them."""
+        return [path for path in sorted(self.path.glob(f"*{_SEGMENT_SUFFIX}")) if remove_unused(path)]
 
     def close(self) -> None:
         """Stop using the folder; remove it if nobody else does. Closing twice is harmless."""
@@ -49,7 +58,7 @@ class DomainFolder:
         fd, self._lock_fd = self._lock_fd, -1
         try:
             # Converting a lock drops the old one first: of several that close at once, one finds itself alone.
-            if _try_lock_exclusive(fd):
+            if try_lock_exclusive(fd):
                 _remove(self.path)
         finally:
             os.close(fd)
@@ -69,7 +78,7 @@ class DomainFolder:
             except FileNotFoundError:
                 continue  # removed between the two calls
             fcntl.flock(fd, fcntl.LOCK_SH)
-            if _is_current(fd, self.path):
+            if is_current(fd, self.path / _LOCK_NAME):
                 return fd
             os.close(fd)  # the last user removed the folder while we waited
 
@@ -83,7 +92,7 @@ def sweep_stale(*, root: Path = SHM_ROOT) -> list[Path]:
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue  # just removed, or not one of ours
         try:
-            if _try_lock_exclusive(fd) and _is_current(fd, path):
+            if try_lock_exclusive(fd) and is_current(fd, path / _LOCK_NAME):
                 _remove(path)
                 removed.append(path)
         finally:
@@ -109,22 +118,6 @@ def _open_lock(folder: Path) -> int:
     if status.st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to user {status.st_uid}, not to {os.getuid()}.")
     return os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-
-
-def _try_lock_exclusive(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_current(fd: int, folder: Path) -> bool:
-    """Whether the locked file is still the folder's lock: it may have been removed before the lock was got."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(folder / _LOCK_NAME))
-    except FileNotFoundError:
-        return False
 
 
 def _remove(folder: Path) -> None:

@@ -17,11 +17,14 @@ from typing import Protocol
 import torch
 
 from flexpipe_serve.kv.domain import free_bytes
+from flexpipe_serve.kv.file_lock import close_shared, open_shared
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
+_MADV_POPULATE_WRITE = 23
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class KVMemoryError(MemoryError):
@@ -87,7 +90,7 @@ class Segment(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up this process's view. The memory goes when its last tensor does."""
+        """Give up this process's view. The memory goes when the last view and its last tensor do."""
         ...
 
 
@@ -95,21 +98,19 @@ class SharedSegment:
     """A segment in a sparse file in shared memory, mapped by every stage of the domain that needs it.
 
     The file reserves the whole range (which costs nothing); blocks are committed with ``posix_fallocate``, so that a
-    full file system is an error here and not a SIGBUS at the first touch, and released with a punched hole. The
-    file outlives the processes that map it: whoever maps it again finds the KV. Several processes may resize it;
-    each remembers its own ``num_blocks``, and committing blocks twice is harmless. Only the file system's limit is
-    an error: a container's memory limit counts these blocks too, and beyond it the kernel kills.
+    full file system is an error here and not a SIGBUS at the first touch, and released with a punched hole. Only the
+    file system's limit is an error: a container's memory limit counts these blocks too, and beyond it the kernel kills.
+
+    Whoever maps a file that another process maps finds its KV. The last one to close it removes it; a killed process
+    leaves it behind. All who map it resize it to the same number of blocks: each remembers its own ``num_blocks``,
+    committing blocks twice is harmless, and what lies above is released.
     """
 
-    def __init__(self, path: Path, *, shape: BlockShape, max_blocks: int, create: bool) -> None:
-        """Map the file ``path`` with no block committed by this process.
-
-        Args:
-            create: make the file, which must not exist; otherwise it must exist. To take over a layer's KV, map
-                the existing file and :meth:`resize` to the number of blocks it holds: contents stay.
+    def __init__(self, path: Path, *, shape: BlockShape, max_blocks: int) -> None:
+        """Map the file ``path``, made if need be, with no block committed by this process. To take over a layer's KV,
+        :meth:`resize` to the number of blocks that others have committed: contents stay.
 
         Raises:
-            FileExistsError, FileNotFoundError: as ``create`` says.
             ValueError: the existing file was made for another shape or another ``max_blocks``.
         """
         self.path = path
@@ -117,12 +118,11 @@ class SharedSegment:
         self.max_blocks = max_blocks
         self._num_blocks = 0
         reserved = max_blocks * shape.num_bytes
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if create else 0)
-        self._fd = os.open(path, flags, 0o600)
+        self._fd = open_shared(path)
         try:
-            if create:
-                os.ftruncate(self._fd, reserved)
-            elif (size := os.fstat(self._fd).st_size) != reserved:
+            if os.fstat(self._fd).st_size == 0:
+                os.ftruncate(self._fd, reserved)  # by two at once: to the same size
+            if (size := os.fstat(self._fd).st_size) != reserved:
                 raise ValueError(
                     f"{path} reserves {size} bytes, but {max_blocks} blocks of {shape.num_bytes} bytes are {reserved}: "
                     "it belongs to another model or configuration."
@@ -131,10 +131,9 @@ class SharedSegment:
             memory = mmap.mmap(self._fd, reserved)
             self._reserved = torch.frombuffer(memory, dtype=shape.dtype).view(max_blocks, *shape.dims)
         except BaseException:
-            os.close(self._fd)
-            if create:
-                path.unlink(missing_ok=True)
+            close_shared(self._fd, path)
             raise
+        self._tensor = self._reserved[:0]
 
     @property
     def num_blocks(self) -> int:
@@ -142,7 +141,7 @@ class SharedSegment:
 
     @property
     def tensor(self) -> torch.Tensor:
-        return self._reserved[: self._num_blocks]
+        return self._tensor
 
     @property
     def committed_bytes(self) -> int:
@@ -157,8 +156,9 @@ class SharedSegment:
         _check_num_blocks(num_blocks, self.max_blocks)
         if num_blocks > self._num_blocks:
             self._commit(num_blocks)
-        elif num_blocks < self._num_blocks:
-            self._punch(num_blocks)
+            self._populate(num_blocks)
+        self._tensor = self._reserved[:num_blocks]
+        self._punch(num_blocks)
         self._num_blocks = num_blocks
 
     def _commit(self, num_blocks: int) -> None:
@@ -177,24 +177,28 @@ class SharedSegment:
                 "of medium Memory at /dev/shm)."
             ) from error
 
+    def _populate(self, num_blocks: int) -> None:
+        """Map the new blocks' pages now: else each takes a fault in the middle of a step."""
+        page = mmap.PAGESIZE
+        start = self.committed_bytes // page * page
+        length = num_blocks * self.shape.num_bytes - start
+        # Advice only: before Linux 5.14 the call is not known, and the faults come later.
+        _libc.madvise(self._reserved.data_ptr() + start, length, _MADV_POPULATE_WRITE)
+
     def _punch(self, num_blocks: int) -> None:
-        # To the end of the range, not to num_blocks: another process may have committed more.
+        # To the end of the range, and also when growing: another process may have committed more.
         start = num_blocks * self.shape.num_bytes
         length = self.max_blocks * self.shape.num_bytes - start
-        if _libc.fallocate(self._fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, start, length) != 0:
+        if length and _libc.fallocate(self._fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, start, length) != 0:
             code = ctypes.get_errno()
             raise OSError(code, f"cannot release KV blocks: {os.strerror(code)}", str(self.path))
 
     def close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            close_shared(fd, self.path)
             self._num_blocks = 0
-            del self._reserved
-
-    def unlink(self) -> None:
-        """Remove the file's name; the memory goes when the last process unmaps it."""
-        self.path.unlink(missing_ok=True)
+            del self._reserved, self._tensor
 
 
 class DeviceSegment:

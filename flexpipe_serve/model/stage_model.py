@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding
+from torch.nn import functional
 
 from flexpipe_serve.kernels.attention import AttentionBackend
 from flexpipe_serve.kernels.elementwise import rms_norm
-from flexpipe_serve.kernels.linear import Linear, pack_linear
+from flexpipe_serve.kernels.linear import Linear, PlainLinear, pack_linear
 from flexpipe_serve.model.checkpoint import Checkpoint
 from flexpipe_serve.model.freed_memory import return_freed_memory
 from flexpipe_serve.model.layer import DecoderLayer, StepContext
@@ -19,32 +19,24 @@ from flexpipe_serve.model.one_thread import one_thread
 from flexpipe_serve.model.source import EMBEDDING_NAME, HEAD_NAME, NORM_NAME, ModelSpec
 
 
+def _nothing() -> None:
+    pass
+
+
 class StageModel:
-    """Some consecutive layers of a model, with the embedding on the first stage and norm and LM head on the last.
+    """Some layers of a model, with the embedding on a first stage and final norm and LM head on a last one.
+
+    Layers and ends come and go while steps run: :meth:`load` and :meth:`keep` belong to one thread, :meth:`forward` and
+    :meth:`logits` to another, which asks only for what is held then. Empty at first.
 
     Args:
         spec: the whole model.
-        layers: global indices of the layers to load.
-        is_first: holds the embedding and takes token ids.
-        is_last: holds final norm and LM head and gives logits.
         attention: backend that plans and computes attention.
         linear: kind of the linear maps; the same on all stages of a pipeline.
-
-    Raises:
-        UnsupportedModelError: the checkpoint's weights do not match the architecture.
     """
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        *,
-        layers: range,
-        is_first: bool,
-        is_last: bool,
-        device: torch.device,
-        dtype: torch.dtype,
-        attention: AttentionBackend,
-        linear: str,
+        self, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, attention: AttentionBackend, linear: str
     ) -> None:
         self._spec = spec
         self._device = device
@@ -57,8 +49,7 @@ class StageModel:
         self._embedding: torch.Tensor | None = None
         self._norm: torch.Tensor | None = None
         self._head: Linear | None = None
-        self._ends_bytes = 0
-        self.hold(layers, is_first=is_first, is_last=is_last)
+        self._head_bytes = 0
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -68,73 +59,112 @@ class StageModel:
     @property
     def weights_bytes(self) -> int:
         """Memory that all weights held take."""
-        return self._ends_bytes + sum(layer.num_bytes for layer in self._layers.values())
-
-    def hold(self, layers: range, *, is_first: bool, is_last: bool) -> None:
-        """Hold exactly these layers and ends: drop what is too much first, then load what is missing."""
-        for layer in set(self._layers) - set(layers):
-            self.drop_layer(layer)
-        if (is_first, is_last) != (self._embedding is not None, self._head is not None):
-            self._load_ends(is_first=is_first, is_last=is_last)
-        for layer in layers:
-            if layer not in self._layers:
-                self.load_layer(layer)
-        return_freed_memory()
+        layers = sum(layer.num_bytes for layer in self._layers.values())
+        embedding = 0 if self._embedding is None or self._has_one_matrix else self._embedding.nbytes
+        return layers + embedding + self._head_bytes
 
     @one_thread()
-    def load_layer(self, layer: int) -> None:
-        """Read one layer's weights; it takes part from the next forward on."""
-        tensors = self._checkpoint.read_layer(layer, device=self._device, dtype=self._dtype)
-        self._layers = {**self._layers, layer: self._maker.make(layer, tensors)}
+    def load(
+        self,
+        layers: Iterable[int],
+        *,
+        embedding: bool = False,
+        head: bool = False,
+        between: Callable[[], None] = _nothing,
+    ) -> None:
+        """Have these layers and ends; what is there already stays as it is.
 
-    def drop_layer(self, layer: int) -> None:
-        """Give one layer's memory back. Raises KeyError if it is not held."""
-        rest = dict(self._layers)
-        del rest[layer]
-        self._layers = rest
+        Args:
+            between: called after each tensor that was read; may wait, or raise to give up.
+
+        Raises:
+            UnsupportedModelError: the checkpoint's weights do not match the architecture.
+            ConfigError: a file is missing or damaged.
+        """
+        if embedding and self._embedding is None:
+            self._load_embedding(between)
+        if head and self._head is None:
+            self._load_head(between)
+        for layer in layers:
+            if layer not in self._layers:
+                tensors = self._checkpoint.read_layer(layer, device=self._device, dtype=self._dtype, between=between)
+                made = self._maker.make(layer, tensors)
+                del tensors
+                self._layers = {**self._layers, layer: made}
+                between()
+        return_freed_memory()
+
+    def keep(self, layers: Container[int], *, embedding: bool = False, head: bool = False) -> None:
+        """Give the memory of everything else back."""
+        self._layers = {index: layer for index, layer in self._layers.items() if index in layers}
+        if not embedding:
+            self._embedding = None
+        if not head:
+            self._norm = self._head = None
+            self._head_bytes = 0
+        return_freed_memory()
 
     @torch.inference_mode()
     def forward(
-        self, inputs: torch.Tensor, *, positions: torch.Tensor, plan: Any, kv: Mapping[int, torch.Tensor]
+        self,
+        inputs: torch.Tensor,
+        *,
+        layers: range,
+        is_first: bool,
+        positions: torch.Tensor,
+        plan: Any,
+        kv: Mapping[int, torch.Tensor],
     ) -> torch.Tensor:
-        """Run all layers held.
+        """Run some of the layers held.
 
         Args:
-            inputs: token ids int64 [num_tokens] on the first stage, hidden states [num_tokens, hidden_size] elsewhere.
+            inputs: token ids int64 [num_tokens] where ``is_first``, else hidden states [num_tokens, hidden_size].
+            layers: global indices.
+            is_first: begin with the embedding.
             positions: int64 [num_tokens], place of each token in its sequence.
             plan: of the attention backend, for the same tokens.
-            kv: segment of each layer held.
+            kv: segment of each layer.
 
         Returns:
             Hidden states [num_tokens, hidden_size], before the final norm.
         """
-        hidden = inputs if self._embedding is None else embedding(inputs, self._embedding)
+        hidden = inputs
+        if is_first:
+            assert self._embedding is not None, "the embedding is not loaded"
+            hidden = functional.embedding(inputs, self._embedding)
         rotary = self._maker.rotary(hidden, positions)
         context = StepContext(rotary=rotary, attention=self._attention, plan=plan)
-        layers = self._layers
-        for index in sorted(layers):
-            hidden = layers[index].forward(hidden, context, kv[index])
+        for index in layers:
+            # Looked up one by one: holding them all would leave it to this thread to free what is dropped meanwhile.
+            hidden = self._layers[index].forward(hidden, context, kv[index])
         return hidden
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [n, vocab_size] of hidden states [n, hidden_size]; on the last stage only."""
+        """Logits float32 [n, vocab_size] of hidden states [n, hidden_size]; where the head is loaded."""
         assert self._norm is not None
-        assert self._head is not None, "only the last stage has logits"
+        assert self._head is not None, "the head is not loaded"
         return self._head(rms_norm(hidden, self._norm, self._spec.norm_eps)).float()
 
-    @one_thread()
-    def _load_ends(self, *, is_first: bool, is_last: bool) -> None:
-        self._embedding = self._norm = self._head = None
-        head_name = EMBEDDING_NAME if self._spec.tied_embeddings else HEAD_NAME
-        names = ({EMBEDDING_NAME} if is_first else set()) | ({head_name, NORM_NAME} if is_last else set())
-        tensors = self._checkpoint.read(names, device=self._device, dtype=self._dtype)
-        self._ends_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        if is_first:
-            self._embedding = tensors[EMBEDDING_NAME]
-        if is_last:
-            self._norm = tensors[NORM_NAME]
-            self._head = pack_linear(tensors[head_name], kind=self._linear)
-            if is_first and self._spec.tied_embeddings and self._linear != "plain":
-                # Packed, the head is a copy; with plain weights one matrix serves both ends of a single stage.
-                self._ends_bytes += tensors[head_name].nbytes
+    @property
+    def _has_one_matrix(self) -> bool:
+        """Whether one matrix serves both ends: tied, plain weights. Packed, the head is a copy."""
+        return isinstance(self._head, PlainLinear) and self._head.weight is self._embedding
+
+    def _load_embedding(self, between: Callable[[], None]) -> None:
+        if self._spec.tied_embeddings and isinstance(self._head, PlainLinear):
+            self._embedding = self._head.weight
+        else:
+            self._embedding = self._read(EMBEDDING_NAME, between)
+
+    def _load_head(self, between: Callable[[], None]) -> None:
+        self._norm = self._read(NORM_NAME, between)
+        if self._spec.tied_embeddings and self._linear == "plain" and self._embedding is not None:
+            weight = self._embedding
+        else:
+            weight = self._read(EMBEDDING_NAME if self._spec.tied_embeddings else HEAD_NAME, between)
+        self._head_bytes = weight.nbytes + self._norm.nbytes
+        self._head = pack_linear(weight, kind=self._linear)
+
+    def _read(self, name: str, between: Callable[[], None]) -> torch.Tensor:
+        return self._checkpoint.read([name], device=self._device, dtype=self._dtype, between=between)[name]

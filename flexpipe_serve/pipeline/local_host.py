@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
 from flexpipe_serve.pipeline.stage import Stage
@@ -14,29 +14,29 @@ _T = TypeVar("_T")
 
 
 class LocalStageHost:
-    """Hosts stages in threads. Control calls of all of them run one after the other: building a model without
-    memory for its weights patches torch for the whole process."""
+    """Hosts stages in threads."""
 
     node = "local"
 
     def __init__(self) -> None:
-        self._control = ThreadPoolExecutor(1, thread_name_prefix="stage-control")
         self._alive: dict[str, LocalStage] = {}
+        # One at a time: building a model without memory for its weights patches torch for the whole process.
+        self._launching = threading.Lock()
 
     def launch(self, setup: StageSetup) -> StageHandle:
-        stage = self._alive.get(setup.name)
-        if stage is None or stage.is_over or stage.core.setup != setup:
-            stage = self._alive[setup.name] = LocalStage(Stage(setup, node=self.node), self._control)
-        return stage
+        with self._launching:
+            stage = self._alive.get(setup.name)
+            if stage is None or stage.is_over or stage.core.setup != setup:
+                stage = self._alive[setup.name] = LocalStage(Stage(setup, node=self.node))
+            return stage
 
 
 class LocalStage:
-    """A stage in a thread, and its handle."""
+    """A stage in a thread, and its handle. Each call has a thread of its own."""
 
-    def __init__(self, core: Stage, control: ThreadPoolExecutor) -> None:
+    def __init__(self, core: Stage) -> None:
         self.name = core.setup.name
         self.core = core
-        self._control = control
         self._over: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self._thread.start()
@@ -47,13 +47,19 @@ class LocalStage:
         return self._over.done()
 
     def report(self) -> Future[StageReport]:
-        return self._submit(self.core.report)
+        return self._call(self.core.report)
 
-    def configure(self, assignment: Assignment) -> Future[StageReport]:
-        return self._submit(lambda: self.core.configure(assignment))
+    def prepare(self, assignment: Assignment, *, num_blocks: int, fresh: bool) -> Future[StageReport]:
+        return self._call(lambda: self.core.prepare(assignment, num_blocks=num_blocks, fresh=fresh))
 
-    def commit_kv(self, num_blocks: int) -> Future[None]:
-        return self._submit(lambda: self.core.commit_kv(num_blocks))
+    def resize_kv(self, num_blocks: int) -> Future[None]:
+        return self._call(lambda: self.core.resize_kv(num_blocks))
+
+    def wait_copied(self, epoch: int, *, through_step: int, timeout_s: float) -> Future[None]:
+        return self._call(lambda: self.core.wait_copied(epoch, through_step=through_step, timeout_s=timeout_s))
+
+    def release(self, epoch: int) -> Future[StageReport]:
+        return self._call(lambda: self.core.release(epoch))
 
     def watch(self) -> Future[None]:
         return self._over
@@ -62,8 +68,17 @@ class LocalStage:
         self.core.close()
         self._thread.join()
 
-    def _submit(self, call: Callable[[], _T]) -> Future[_T]:
-        return self._control.submit(call)
+    def _call(self, function: Callable[[], _T]) -> Future[_T]:
+        answer: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(function())
+            except Exception as error:  # thread edge: the caller gets it
+                answer.set_exception(error)
+
+        threading.Thread(target=run, name=f"{self.name}-control", daemon=True).start()
+        return answer
 
     def _run(self) -> None:
         self.core.run()

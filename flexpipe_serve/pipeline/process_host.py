@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import socket
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
 
 from flexpipe_serve.errors import EngineUnavailableError
+from flexpipe_serve.pipeline.background import in_background
 from flexpipe_serve.pipeline.stage_types import Assignment, StageHandle, StageReport, StageSetup
 
 _STOP_S = 5.0
@@ -28,7 +30,7 @@ class ProcessStageHost:
 
 
 class ProcessStage:
-    """A stage in a child process, and its handle. Calls go over a pipe, one at a time."""
+    """A stage in a child process, and its handle. Calls go over a pipe, numbered, and are answered in any order."""
 
     def __init__(self, setup: StageSetup) -> None:
         self.name = setup.name
@@ -38,41 +40,68 @@ class ProcessStage:
         self._process.start()
         theirs.close()
         self.pid = self._process.pid
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"{self.name}-control")
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._calls: dict[int, Future[Any]] = {}
+        self._is_gone = False
         self._over: Future[None] = Future()
+        threading.Thread(target=self._receive, name=f"{self.name}-control", daemon=True).start()
         threading.Thread(target=self._wait, name=f"{self.name}-watch", daemon=True).start()
 
     def report(self) -> Future[StageReport]:
-        return self._submit("report")
+        return self._call("report")
 
-    def configure(self, assignment: Assignment) -> Future[StageReport]:
-        return self._submit("configure", assignment)
+    def prepare(self, assignment: Assignment, *, num_blocks: int, fresh: bool) -> Future[StageReport]:
+        return self._call("prepare", assignment, num_blocks=num_blocks, fresh=fresh)
 
-    def commit_kv(self, num_blocks: int) -> Future[None]:
-        return self._submit("commit_kv", num_blocks)
+    def resize_kv(self, num_blocks: int) -> Future[None]:
+        return self._call("resize_kv", num_blocks)
+
+    def wait_copied(self, epoch: int, *, through_step: int, timeout_s: float) -> Future[None]:
+        return self._call("wait_copied", epoch, through_step=through_step, timeout_s=timeout_s)
+
+    def release(self, epoch: int) -> Future[StageReport]:
+        return self._call("release", epoch)
 
     def watch(self) -> Future[None]:
         return self._over
 
     def stop(self) -> None:
         with contextlib.suppress(EngineUnavailableError, TimeoutError):
-            self._submit("close").result(_STOP_S)
+            self._call("close").result(_STOP_S)
         self._process.join(_STOP_S)
         self._process.kill()
-        self._executor.shutdown()
 
-    def _submit(self, method: str, *args: Any) -> Future[Any]:
-        return self._executor.submit(self._call, method, *args)
-
-    def _call(self, method: str, *args: Any) -> Any:
-        try:
-            self._pipe.send((method, args))
-            answer = self._pipe.recv()
-        except (EOFError, OSError) as error:
-            raise EngineUnavailableError(f"stage {self.name!r} is gone.") from error
-        if isinstance(answer, Exception):
-            raise answer
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
+        answer: Future[Any] = Future()
+        number = next(self._numbers)
+        with self._lock:
+            if self._is_gone:
+                answer.set_exception(self._gone())
+                return answer
+            self._calls[number] = answer
+            with contextlib.suppress(OSError):  # then the other end is closed, and the receiver fails all calls
+                self._pipe.send((number, method, args, kwargs))
         return answer
+
+    def _receive(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                number, result, error = self._pipe.recv()
+                with self._lock:
+                    answer = self._calls.pop(number)
+                if error is None:
+                    answer.set_result(result)
+                else:
+                    answer.set_exception(error)
+        with self._lock:
+            self._is_gone = True
+            calls, self._calls = self._calls, {}
+        for answer in calls.values():
+            answer.set_exception(self._gone())
+
+    def _gone(self) -> EngineUnavailableError:
+        return EngineUnavailableError(f"stage {self.name!r} is gone.")
 
     def _wait(self) -> None:
         self._process.join()
@@ -80,22 +109,35 @@ class ProcessStage:
 
 
 def _serve(setup: StageSetup, pipe: Connection) -> None:
-    """Main function of the child: the data loop in a thread, control calls here; ends when the parent does."""
+    """Main function of the child: the data loop and each control call in threads; ends when the parent does."""
+    in_background(_import_stage)
     from flexpipe_serve.pipeline.stage import Stage
 
     stage = Stage(setup)
     loop = threading.Thread(target=stage.run, name=setup.name, daemon=True)
     loop.start()
+    answering = threading.Lock()
+
+    def answer(number: int, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        result, error = None, None
+        try:
+            result = getattr(stage, method)(*args, **kwargs)
+        except Exception as raised:  # process edge: the parent gets it
+            error = raised
+        with answering, contextlib.suppress(OSError):
+            pipe.send((number, result, error))
+
     with contextlib.suppress(EOFError, OSError):
         while True:
-            method, args = pipe.recv()
-            try:
-                answer = getattr(stage, method)(*args)
-            except Exception as error:  # process edge: the parent gets it
-                answer = error
-            pipe.send(answer)
-            if method == "close":
+            call = pipe.recv()
+            if call[1] == "close":
+                answer(*call)
                 break
+            threading.Thread(target=answer, args=call, name=f"{setup.name}-control", daemon=True).start()
     stage.close()
     loop.join(_STOP_S)
     os._exit(0)
+
+
+def _import_stage() -> None:
+    import flexpipe_serve.pipeline.stage  # noqa: F401 - torch takes seconds

@@ -6,12 +6,14 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
 import ray
 
 from flexpipe_serve.errors import EngineUnavailableError
+from flexpipe_serve.pipeline.background import in_background
 from flexpipe_serve.pipeline.stage_types import Assignment, StageHandle, StageReport, StageSetup
 
 NAMESPACE = "flexpipe"
@@ -19,35 +21,58 @@ _STOP_S = 5.0
 _EXIT_GRACE_S = 3.0
 
 
-@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"watch": 64})
+@ray.remote(
+    num_cpus=0,
+    max_restarts=0,
+    # Each kind of call has threads of its own, so that none waits for another: loading takes seconds.
+    concurrency_groups={"state": 2, "change": 4, "copies": 16, "watch": 64},
+)
 class StageActor:
     """A thin shell around a stage's core; ends itself when no Router speaks to it any more."""
 
     def __init__(self, setup: StageSetup) -> None:
-        from flexpipe_serve.pipeline.stage import Stage  # torch: imported where the stage lives, not in the Router
+        in_background(_import_stage)  # torch: imported where the stage lives, not in the Router
+        from flexpipe_serve.pipeline.stage import Stage
 
         node = ray.get_runtime_context().get_node_id()
         self._stage = Stage(setup, node=node)
         self._loop = threading.Thread(target=self._stage.run, name=setup.name, daemon=True)
         self._loop.start()
+        self._lock = threading.Lock()
+        self._num_calls = 0
         self._last_contact = time.monotonic()
         self._over = threading.Event()
         threading.Thread(target=self._end_when_orphaned, args=(setup.orphan_timeout_s,), daemon=True).start()
 
+    @ray.method(concurrency_group="state")  # type: ignore[untyped-decorator]
     def report(self) -> StageReport:
-        """The stage's state; being asked counts as a sign of life of the Router."""
-        self._last_contact = time.monotonic()
-        return self._stage.report()
+        """The stage's state."""
+        with self._contact():
+            return self._stage.report()
 
-    def configure(self, assignment: Assignment) -> StageReport:
-        """See StageHandle.configure."""
-        report = self._stage.configure(assignment)
-        self._last_contact = time.monotonic()
-        return report
+    @ray.method(concurrency_group="change")  # type: ignore[untyped-decorator]
+    def prepare(self, assignment: Assignment, *, num_blocks: int, fresh: bool) -> StageReport:
+        """See StageHandle.prepare."""
+        with self._contact():
+            return self._stage.prepare(assignment, num_blocks=num_blocks, fresh=fresh)
 
-    def commit_kv(self, num_blocks: int) -> None:
-        """See StageHandle.commit_kv."""
-        self._stage.commit_kv(num_blocks)
+    @ray.method(concurrency_group="change")  # type: ignore[untyped-decorator]
+    def resize_kv(self, num_blocks: int) -> None:
+        """See StageHandle.resize_kv."""
+        with self._contact():
+            self._stage.resize_kv(num_blocks)
+
+    @ray.method(concurrency_group="change")  # type: ignore[untyped-decorator]
+    def release(self, epoch: int) -> StageReport:
+        """See StageHandle.release."""
+        with self._contact():
+            return self._stage.release(epoch)
+
+    @ray.method(concurrency_group="copies")  # type: ignore[untyped-decorator]
+    def wait_copied(self, epoch: int, *, through_step: int, timeout_s: float) -> None:
+        """See StageHandle.wait_copied."""
+        with self._contact():
+            self._stage.wait_copied(epoch, through_step=through_step, timeout_s=timeout_s)
 
     @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]
     def watch(self) -> None:
@@ -60,12 +85,30 @@ class StageActor:
         self._loop.join(_STOP_S)
         self._over.set()
 
+    @contextlib.contextmanager
+    def _contact(self) -> Iterator[None]:
+        """Any call is a sign of life of the Router, for as long as it takes."""
+        with self._lock:
+            self._num_calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_calls -= 1
+                self._last_contact = time.monotonic()
+
     def _end_when_orphaned(self, timeout_s: float) -> None:
         while not self._over.wait(timeout_s / 10):
-            if time.monotonic() - self._last_contact > timeout_s:
+            with self._lock:
+                is_orphan = not self._num_calls and time.monotonic() - self._last_contact > timeout_s
+            if is_orphan:
                 self.close()
                 time.sleep(_EXIT_GRACE_S)  # lets a pending watch() answer before the process goes
                 os._exit(0)
+
+
+def _import_stage() -> None:
+    import flexpipe_serve.pipeline.stage  # noqa: F401 - torch takes seconds
 
 
 class RayStageHost:
@@ -117,11 +160,17 @@ class RayStage:
     def report(self) -> Future[StageReport]:
         return self._future(self._actor.report.remote())
 
-    def configure(self, assignment: Assignment) -> Future[StageReport]:
-        return self._future(self._actor.configure.remote(assignment))
+    def prepare(self, assignment: Assignment, *, num_blocks: int, fresh: bool) -> Future[StageReport]:
+        return self._future(self._actor.prepare.remote(assignment, num_blocks=num_blocks, fresh=fresh))
 
-    def commit_kv(self, num_blocks: int) -> Future[None]:
-        return self._future(self._actor.commit_kv.remote(num_blocks))
+    def resize_kv(self, num_blocks: int) -> Future[None]:
+        return self._future(self._actor.resize_kv.remote(num_blocks))
+
+    def wait_copied(self, epoch: int, *, through_step: int, timeout_s: float) -> Future[None]:
+        return self._future(self._actor.wait_copied.remote(epoch, through_step=through_step, timeout_s=timeout_s))
+
+    def release(self, epoch: int) -> Future[StageReport]:
+        return self._future(self._actor.release.remote(epoch))
 
     def watch(self) -> Future[None]:
         return self._future(self._actor.watch.remote())

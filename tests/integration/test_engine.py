@@ -138,14 +138,14 @@ def test_a_step_that_fails_fails_no_one_else(engine: Engine, host: LocalStageHos
     """A poisonous sequence ends with an error; those that shared its steps get their tokens."""
     poison = 121
     core = host._alive["stage-0"].core
-    real = core._compute
+    real = core.computer.run
 
-    def compute(route, batch, given, started):
+    def run_step(assignment, batch, given, **kwargs):
         if poison in batch.token_ids:
             raise RuntimeError("poison")
-        return real(route, batch, given, started)
+        return real(assignment, batch, given, **kwargs)
 
-    monkeypatch.setattr(core, "_compute", compute)
+    monkeypatch.setattr(core.computer, "run", run_step)
     good = [prompt_of(6, seed=i) for i in range(4)]
     expected = generate_all(engine, good, greedy(20))
 

@@ -92,8 +92,9 @@ from flexpipe_serve.kernels.torch_attention import TorchAttention
 from flexpipe_serve.model.source import load_spec
 from flexpipe_serve.model.stage_model import StageModel
 spec = load_spec(Path(sys.argv[1]))
-StageModel(spec, layers=range(spec.num_layers), is_first=True, is_last=True, device=torch.device("cpu"),
-    dtype=torch.float32, attention=TorchAttention(dtype=torch.float32), linear="plain")
+stage = StageModel(spec, device=torch.device("cpu"), dtype=torch.float32,
+    attention=TorchAttention(dtype=torch.float32), linear="plain")
+stage.load(range(spec.num_layers), embedding=True, head=True)
 print([name for name in ("transformers", "accelerate", "torch._dynamo") if name in sys.modules])
 """
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CPU, Pipeline, make_checkpoint, make_pipeline, reference_logits
 from transformers import PreTrainedModel
 
-from flexpipe_serve.errors import UnsupportedModelError
+from flexpipe_serve.errors import ConfigError, UnsupportedModelError
 from flexpipe_serve.kernels.linear import available_kinds
 from flexpipe_serve.kernels.torch_attention import TorchAttention
 from flexpipe_serve.model.checkpoint import Checkpoint
@@ -44,29 +44,26 @@ def checkpoint(
     return folder, model
 
 
-def make_stage(folder: Path, layers: range, *, is_first: bool, is_last: bool, linear: str = "plain") -> StageModel:
-    return StageModel(
-        load_spec(folder),
-        layers=layers,
-        is_first=is_first,
-        is_last=is_last,
-        device=CPU,
-        dtype=torch.float32,
-        attention=TorchAttention(dtype=torch.float32),
-        linear=linear,
+def make_stage(folder: Path, layers: range, *, linear: str = "plain") -> StageModel:
+    """Layers with the ends that belong to them."""
+    spec = load_spec(folder)
+    stage = StageModel(
+        spec, device=CPU, dtype=torch.float32, attention=TorchAttention(dtype=torch.float32), linear=linear
     )
+    stage.load(layers, embedding=layers.start == 0, head=layers.stop == spec.num_layers)
+    return stage
 
 
 def test_a_stage_holds_its_part(checkpoint: tuple[Path, PreTrainedModel]) -> None:
     folder, _ = checkpoint
     spec = load_spec(folder)
     layers = [spec.layer_bytes(layer, "float32") for layer in range(4)]
-    middle = make_stage(folder, range(1, 3), is_first=False, is_last=False)
+    middle = make_stage(folder, range(1, 3))
     assert middle.layers == (1, 2)
     assert middle.weights_bytes == layers[1] + layers[2]
-    first = make_stage(folder, range(1), is_first=True, is_last=False)
+    first = make_stage(folder, range(1))
     assert first.weights_bytes == layers[0] + spec.embedding_bytes("float32")
-    last = make_stage(folder, range(3, 4), is_first=False, is_last=True)
+    last = make_stage(folder, range(3, 4))
     assert last.weights_bytes == layers[3] + spec.head_bytes("float32")
 
 
@@ -74,9 +71,9 @@ def test_single_stage_shares_a_tied_matrix_unless_packed(tmp_path: Path) -> None
     make_checkpoint(tmp_path, "llama-tied")
     spec = load_spec(tmp_path)
     layers = sum(spec.layer_bytes(layer, "float32") for layer in range(4))
-    plain = make_stage(tmp_path, range(4), is_first=True, is_last=True)
+    plain = make_stage(tmp_path, range(4))
     assert plain.weights_bytes == layers + spec.head_bytes("float32")
-    packed = make_stage(tmp_path, range(4), is_first=True, is_last=True, linear="transposed")
+    packed = make_stage(tmp_path, range(4), linear="transposed")
     assert packed.weights_bytes == layers + spec.head_bytes("float32") + spec.embedding_bytes("float32")
 
 
@@ -93,7 +90,7 @@ def test_only_the_shards_of_the_stage_are_read(
         return original(self, names, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Checkpoint, "read", spy)
-    make_stage(folder, range(2, 3), is_first=False, is_last=False)
+    make_stage(folder, range(2, 3))
     assert read
     assert all(name.startswith("model.layers.2.") for name in read)
 
@@ -113,7 +110,7 @@ def test_loading_takes_one_thread_and_leaves_the_number_as_it_was(
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        make_stage(tmp_path, range(4), is_first=True, is_last=True)
+        make_stage(tmp_path, range(4))
         assert (set(seen), torch.get_num_threads()) == ({1}, 2)
     finally:
         torch.set_num_threads(before)
@@ -122,24 +119,77 @@ def test_loading_takes_one_thread_and_leaves_the_number_as_it_was(
 @pytest.mark.parametrize("linear", available_kinds(CPU, torch.float32))
 def test_layers_move_between_live_stages(checkpoint: tuple[Path, PreTrainedModel], linear: str) -> None:
     folder, model = checkpoint
-    first = make_stage(folder, range(1), is_first=True, is_last=False, linear=linear)
-    last = make_stage(folder, range(1, 4), is_first=False, is_last=True, linear=linear)
+    first = make_stage(folder, range(1), linear=linear)
+    last = make_stage(folder, range(1, 4), linear=linear)
+    spec = load_spec(folder)
     expected = reference_logits(model, TOKENS)
-    (before,) = Pipeline(load_spec(folder), [first, last]).step([(0, TOKENS)])
+    (before,) = Pipeline(spec, [(first, range(1)), (last, range(1, 4))]).step([(0, TOKENS)])
     torch.testing.assert_close(before, expected, atol=1e-4, rtol=0)
 
-    first.hold(range(3), is_first=True, is_last=False)
-    last.hold(range(3, 4), is_first=False, is_last=True)
-    assert (first.layers, last.layers) == ((0, 1, 2), (3,))
-    (after,) = Pipeline(load_spec(folder), [first, last]).step([(0, TOKENS)])
-    assert torch.equal(after, before), "the same layers give the same bits wherever they run"
+    first.load(range(3))
+    assert (first.layers, last.layers) == ((0, 1, 2), (1, 2, 3)), "both epochs can run"
+    (old,) = Pipeline(spec, [(first, range(1)), (last, range(1, 4))]).step([(0, TOKENS)])
+    (new,) = Pipeline(spec, [(first, range(3)), (last, range(3, 4))]).step([(0, TOKENS)])
+    assert torch.equal(old, before)
+    assert torch.equal(new, before), "the same layers give the same bits wherever they run"
 
-    first.hold(range(4), is_first=True, is_last=True)
-    (alone,) = Pipeline(load_spec(folder), [first]).step([(0, TOKENS)])
+    last.keep(range(3, 4), head=True)
+    assert (first.layers, last.layers) == ((0, 1, 2), (3,))
+    (after,) = Pipeline(spec, [(first, range(3)), (last, range(3, 4))]).step([(0, TOKENS)])
+    assert torch.equal(after, before)
+
+    first.load(range(4), head=True)
+    (alone,) = Pipeline(spec, [(first, range(4))]).step([(0, TOKENS)])
     assert torch.equal(alone, before)
 
-    first.hold(range(1, 2), is_first=False, is_last=False)
-    assert first.weights_bytes == load_spec(folder).layer_bytes(1, "float32")
+    first.keep(range(1, 2))
+    assert first.weights_bytes == spec.layer_bytes(1, "float32")
+
+
+def test_ends_come_in_either_order_and_go_alone(checkpoint: tuple[Path, PreTrainedModel]) -> None:
+    folder, _ = checkpoint
+    spec = load_spec(folder)
+    layers = sum(spec.layer_bytes(layer, "float32") for layer in range(4))
+    ends = [{"embedding": True}, {"head": True}]
+    whole = make_stage(folder, range(4))
+    for order in (ends, ends[::-1]):
+        stage = make_stage(folder, range(1, 3))
+        stage.load(range(4), **order[0])
+        stage.load(range(4), **order[1])
+        assert stage.weights_bytes == whole.weights_bytes
+        (logits,) = Pipeline(spec, [(stage, range(4))]).step([(0, TOKENS)])
+        assert torch.equal(logits, Pipeline(spec, [(whole, range(4))]).step([(0, TOKENS)])[0])
+        stage.keep(range(4), embedding=True)
+        assert stage.weights_bytes == layers + spec.embedding_bytes("float32")
+        stage.load((), head=True)
+        stage.keep(range(4), head=True)
+        assert stage.weights_bytes == layers + spec.head_bytes("float32")
+
+
+def test_loading_can_be_given_up_between_tensors(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    stage = make_stage(tmp_path, range(1))
+    num_left = 12
+
+    def between() -> None:
+        nonlocal num_left
+        num_left -= 1
+        if num_left == 0:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        stage.load(range(4), between=between)
+    assert stage.layers == (0, 1), "whole layers only"
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    stage = make_stage(tmp_path, range(1))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"model\.safetensors is missing or damaged, model\.layers\.1"):
+        stage.load(range(2))
+    assert stage.layers == (0,)
 
 
 @pytest.mark.parametrize("name", ["llama", "olmo2"])
@@ -167,12 +217,14 @@ def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", status)[1]) * 1024
 spec = load_spec(Path(sys.argv[1]))
 def stage(layers, kind):
-    return StageModel(spec, layers=layers, is_first=False, is_last=False, device=torch.device("cpu"),
-        dtype=torch.float32, attention=TorchAttention(dtype=torch.float32), linear=kind)
+    model = StageModel(spec, device=torch.device("cpu"), dtype=torch.float32,
+        attention=TorchAttention(dtype=torch.float32), linear=kind)
+    model.load(layers)
+    return model
 kept = []
 for kind in sys.argv[2:]:
     warm = stage(range(2, 3), kind)  # what a kind takes once, for its code
-    warm.hold(range(0), is_first=False, is_last=False)
+    warm.keep(())
     before = resident()
     kept.append(stage(range(2), kind))
     print(kind, resident() - before, kept[-1].weights_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def shm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def make_segment(request: pytest.FixtureRequest, shm: Path) -> Callable[..., Segment]:
     def make(shape: BlockShape = SHAPE, max_blocks: int = 64) -> Segment:
         if request.param == "shared":
-            return SharedSegment(shm / "layer-0.kv", shape=shape, max_blocks=max_blocks, create=True)
+            return SharedSegment(shm / "layer-0.kv", shape=shape, max_blocks=max_blocks)
         return DeviceSegment(shape=shape, max_blocks=max_blocks, device=torch.device("cpu"))
 
     return make
@@ -91,7 +92,7 @@ def test_resize_out_of_range(make_segment: Callable[..., Segment], num_blocks: i
 
 def test_shared_memory_is_taken_and_given_back(shm: Path) -> None:
     shape = BlockShape(block_size=16, num_kv_heads=8, head_dim=128, dtype=torch.float32)
-    segment = SharedSegment(shm / "layer-0.kv", shape=shape, max_blocks=256, create=True)
+    segment = SharedSegment(shm / "layer-0.kv", shape=shape, max_blocks=256)
     for num_blocks in (128, 200, 3, 0, 40):
         segment.resize(num_blocks)
         assert segment.allocated_bytes == num_blocks * shape.num_bytes
@@ -101,43 +102,118 @@ def test_shared_memory_is_taken_and_given_back(shm: Path) -> None:
 
 def test_large_reserve_is_free(shm: Path) -> None:
     max_blocks = 4 * 2**30 // SHAPE.num_bytes
-    segment = SharedSegment(shm / "layer-0.kv", shape=SHAPE, max_blocks=max_blocks, create=True)
+    segment = SharedSegment(shm / "layer-0.kv", shape=SHAPE, max_blocks=max_blocks)
     assert segment.path.stat().st_size > 3.9 * 2**30
     assert segment.allocated_bytes == 0
     segment.resize(1)
     assert segment.allocated_bytes <= SHAPE.num_bytes + PAGE
 
 
-def test_views_keep_the_memory_after_close_and_unlink(shm: Path) -> None:
-    segment = SharedSegment(shm / "layer-0.kv", shape=SHAPE, max_blocks=4, create=True)
+def test_views_keep_the_memory_after_the_last_close(shm: Path) -> None:
+    segment = SharedSegment(shm / "layer-0.kv", shape=SHAPE, max_blocks=4)
     segment.resize(2)
     fill(segment)
     view = segment.tensor
     segment.close()
     segment.close()
-    segment.unlink()
-    segment.unlink()
+    assert not segment.path.exists()
     assert (view[1] == 2).all()
 
 
-def test_create_and_attach_check_the_file(shm: Path) -> None:
+def test_a_file_of_another_shape_is_refused_and_stays(shm: Path) -> None:
     path = shm / "layer-0.kv"
-    with pytest.raises(FileNotFoundError):
-        SharedSegment(path, shape=SHAPE, max_blocks=4, create=False)
-    SharedSegment(path, shape=SHAPE, max_blocks=4, create=True)
-    with pytest.raises(FileExistsError):
-        SharedSegment(path, shape=SHAPE, max_blocks=4, create=True)
+    segment = SharedSegment(path, shape=SHAPE, max_blocks=4)
     with pytest.raises(ValueError, match="belongs to another model"):
-        SharedSegment(path, shape=SHAPE, max_blocks=5, create=False)
+        SharedSegment(path, shape=SHAPE, max_blocks=5)
     assert path.exists()
+    segment.close()
+    SharedSegment(path, shape=SHAPE, max_blocks=5).close()
+    assert not path.exists()
+
+
+def test_the_last_to_close_removes_the_file(shm: Path) -> None:
+    path = shm / "layer-0.kv"
+    first = SharedSegment(path, shape=SHAPE, max_blocks=4)
+    first.resize(4)
+    fill(first)
+    second = SharedSegment(path, shape=SHAPE, max_blocks=4)
+    second.resize(4)
+    first.close()
+    assert path.exists()
+    assert_filled(second, 4)
+    third = SharedSegment(path, shape=SHAPE, max_blocks=4)
+    second.close()
+    third.resize(4)
+    assert_filled(third, 4)
+    third.close()
+    assert list(shm.iterdir()) == []
+
+
+def test_a_shrunk_segment_releases_what_only_another_view_had_committed(shm: Path) -> None:
+    path = shm / "layer-0.kv"
+    old = SharedSegment(path, shape=SHAPE, max_blocks=16)
+    old.resize(16)
+    new = SharedSegment(path, shape=SHAPE, max_blocks=16)
+    new.resize(4)
+    old.close()
+    assert new.allocated_bytes <= 4 * SHAPE.num_bytes + PAGE
+
+
+def test_grown_blocks_cost_no_page_faults(shm: Path) -> None:
+    segment = SharedSegment(shm / "layer-0.kv", shape=SHAPE, max_blocks=4096)
+    segment.resize(4096)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    segment.tensor.fill_(1.0)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < segment.committed_bytes / PAGE / 100
+
+
+def test_segments_opened_and_closed_by_many_at_once_are_never_a_dead_file(shm: Path) -> None:
+    path = shm / "layer-0.kv"
+    errors: list[BaseException] = []
+
+    def use() -> None:
+        try:
+            for _ in range(200):
+                segment = SharedSegment(path, shape=SHAPE, max_blocks=2)
+                try:
+                    assert os.path.samestat(path.stat(), os.fstat(segment._fd)), "mapped, but nobody else will find it"
+                finally:
+                    segment.close()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert list(shm.iterdir()) == []
+
+
+def test_segments_of_the_dead_are_swept_and_no_others(shm: Path) -> None:
+    with DomainFolder("app", root=shm) as folder:
+        dead, living = User(shm), User(shm)
+        try:
+            dead.ask("open 10")
+            mine = SharedSegment(folder.segment_path(3, stage="stage-1"), shape=SHAPE, max_blocks=100)
+            assert folder.sweep_segments() == []
+            dead.kill()
+            assert folder.sweep_segments() == [folder.segment_path(7)]
+            living.ask("open 10")
+            assert folder.sweep_segments() == []
+            mine.close()
+        finally:
+            dead.kill()
+            living.kill()
 
 
 def test_second_view_may_resize_too(shm: Path) -> None:
     path = shm / "layer-0.kv"
-    first = SharedSegment(path, shape=SHAPE, max_blocks=16, create=True)
+    first = SharedSegment(path, shape=SHAPE, max_blocks=16)
     first.resize(8)
     fill(first)
-    second = SharedSegment(path, shape=SHAPE, max_blocks=16, create=False)
+    second = SharedSegment(path, shape=SHAPE, max_blocks=16)
     second.resize(8)
     assert_filled(second, 8)
     second.tensor[3] = 99
@@ -158,7 +234,7 @@ def tiny_tmpfs(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_shared_memory_is_an_error_with_numbers(tiny_tmpfs: Path) -> None:
-    segment = SharedSegment(tiny_tmpfs / "layer-0.kv", shape=SHAPE, max_blocks=1000, create=True)
+    segment = SharedSegment(tiny_tmpfs / "layer-0.kv", shape=SHAPE, max_blocks=1000)
     segment.resize(20)
     fill(segment)
     before = segment.allocated_bytes
@@ -172,7 +248,7 @@ def test_full_shared_memory_is_an_error_with_numbers(tiny_tmpfs: Path) -> None:
 
 
 def test_no_space_without_a_full_file_system(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    segment = SharedSegment(shm / "layer-0.kv", shape=SHAPE, max_blocks=8, create=True)
+    segment = SharedSegment(shm / "layer-0.kv", shape=SHAPE, max_blocks=8)
 
     def refuse(fd: int, start: int, length: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -212,9 +288,9 @@ USER = """
     print("ready", flush=True)
     for line in sys.stdin:
         match line.split():
-            case ["open", create, num_blocks]:
+            case ["open", num_blocks]:
                 path = folder.segment_path(7)
-                segment = SharedSegment(path, shape=shape, max_blocks=100, create=create == "create")
+                segment = SharedSegment(path, shape=shape, max_blocks=100)
                 segment.resize(int(num_blocks))
             case ["write", value]:
                 segment.tensor[2] = float(value)
@@ -257,14 +333,14 @@ class User:
 def test_kv_outlives_a_killed_process_until_the_last_one_dies(shm: Path) -> None:
     first, second = User(shm), User(shm)
     try:
-        first.ask("open create 10")
+        first.ask("open 10")
         first.ask("write 42")
-        second.ask("open attach 10")
+        second.ask("open 10")
         first.kill()
         assert sweep_stale(root=shm) == [], "the second process still uses the folder"
         assert second.ask("read") == "42.0 42.0"
         third = User(shm)
-        third.ask("open attach 10")
+        third.ask("open 10")
         third.ask("write 43")
         assert second.ask("read") == "43.0 43.0"
         third.kill()
@@ -281,7 +357,7 @@ def test_kv_outlives_a_killed_process_until_the_last_one_dies(shm: Path) -> None
 def test_last_user_out_removes_the_folder(shm: Path) -> None:
     first, second = DomainFolder("app", root=shm), DomainFolder("app", root=shm)
     assert first.path == second.path
-    SharedSegment(first.segment_path(0), shape=SHAPE, max_blocks=4, create=True)
+    SharedSegment(first.segment_path(0), shape=SHAPE, max_blocks=4)
     first.close()
     first.close()
     assert second.path.exists()

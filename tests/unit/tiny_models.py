@@ -129,7 +129,8 @@ class Pipeline:
     """Stages in one process, with KV that starts as NaN and block ids in no order."""
 
     spec: ModelSpec
-    stages: list[StageModel]
+    parts: list[tuple[StageModel, range]]
+    """Stages, and which of their layers take part."""
     attention: AttentionBackend = field(default_factory=lambda: TorchAttention(dtype=torch.float32))
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32
@@ -166,16 +167,18 @@ class Pipeline:
         positions = [range(self._num_computed[s], self._num_computed[s] + len(tokens)) for s, tokens in chunks]
         plan = self.attention.plan(batch, device=self.device)
         hidden = torch.tensor([token for _, tokens in chunks for token in tokens], device=self.device)
-        for stage in self.stages:
+        for stage, layers in self.parts:
             hidden = stage.forward(
                 hidden,
+                layers=layers,
+                is_first=layers.start == 0,
                 positions=torch.tensor([position for span in positions for position in span], device=self.device),
                 plan=plan,
                 kv=self._kv,
             )
         for sequence, tokens in chunks:
             self._num_computed[sequence] += len(tokens)
-        logits = self.stages[-1].logits(hidden)
+        logits = self.parts[-1][0].logits(hidden)
         return list(logits.split([len(tokens) for _, tokens in chunks]))
 
 
@@ -194,20 +197,12 @@ def make_pipeline(
     spec = load_spec(folder, max_model_len=max_model_len)
     attention = attention or TorchAttention(dtype=dtype)
     cuts = [0, *boundaries, spec.num_layers]
-    stages = [
-        StageModel(
-            spec,
-            layers=range(start, stop),
-            is_first=start == 0,
-            is_last=stop == spec.num_layers,
-            device=device,
-            dtype=dtype,
-            attention=attention,
-            linear=linear,
-        )
-        for start, stop in itertools.pairwise(cuts)
-    ]
-    return Pipeline(spec, stages, attention=attention, device=device, dtype=dtype, block_size=block_size)
+    parts = []
+    for start, stop in itertools.pairwise(cuts):
+        stage = StageModel(spec, device=device, dtype=dtype, attention=attention, linear=linear)
+        stage.load(range(start, stop), embedding=start == 0, head=stop == spec.num_layers)
+        parts.append((stage, range(start, stop)))
+    return Pipeline(spec, parts, attention=attention, device=device, dtype=dtype, block_size=block_size)
 
 
 @torch.inference_mode()

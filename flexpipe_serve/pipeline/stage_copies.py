@@ -1,0 +1,192 @@
+"""A stage's part in KV copies: what it gives away and what it takes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexpipe_serve.errors import CopyError
+from flexpipe_serve.kv.stage_kv import StageKV
+from flexpipe_serve.kv.transfer import KVGiver, KVTaker
+from flexpipe_serve.pipeline.channel import Endpoint, Outlet
+from flexpipe_serve.pipeline.messages import CopyHeader, Frame, PatchAckHeader, PatchHeader, StepBatch
+from flexpipe_serve.pipeline.stage_types import Assignment
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Giving:
+    giver: KVGiver
+    outlet: Outlet
+
+
+@dataclass
+class _Taking:
+    taker: KVTaker
+    outlet: Outlet
+    """For acknowledgements."""
+    error: str | None = None
+
+
+class StageCopies:
+    """All copies of one stage. :meth:`wait` and :meth:`num_bytes` may be called by any thread, the rest belongs to the
+    data loop. A copy that breaks is only remembered as broken: steps go on.
+
+    Args:
+        stage: name of this one.
+        connect: makes the channel to another stage.
+    """
+
+    def __init__(self, *, stage: str, kv: StageKV, connect: Callable[[Endpoint], Outlet]) -> None:
+        self._stage = stage
+        self._kv = kv
+        self._connect = connect
+        self._giving: dict[tuple[int, str], _Giving] = {}
+        """By new epoch and target."""
+        self._taking: dict[int, dict[str, _Taking]] = {}
+        """By new epoch and source."""
+        self._changed = threading.Condition()
+
+    # ------------------------------------------------------------------ taking
+
+    def expect(self, assignment: Assignment) -> None:
+        """From now on take the KV that ``assignment`` names."""
+        taking = {}
+        for incoming in assignment.incoming:
+            taker = KVTaker(
+                epoch=assignment.epoch,
+                source=incoming.source,
+                target=self._stage,
+                layers=incoming.layers,
+                kv=self._kv.__getitem__,
+            )
+            taking[incoming.source] = _Taking(taker, self._connect(incoming.endpoint))
+        with self._changed:
+            self._taking[assignment.epoch] = taking
+
+    def apply(self, header: PatchHeader, buffers: Sequence[Frame]) -> None:
+        """Take a snapshot chunk or a patch."""
+        taking = self._taking.get(header.epoch, {}).get(header.source)
+        if taking is None or taking.error is not None:
+            return
+        try:
+            taking.taker.apply(header, buffers)
+            taking.outlet.send(taking.taker.ack())
+        except Exception as error:  # process edge: a broken copy must not take the stage with it
+            logger.exception("%s: the copy from %s is broken", self._stage, header.source)
+            taking.error = f"{type(error).__name__}: {error}"
+        with self._changed:
+            self._changed.notify_all()
+
+    def is_patched(self, epoch: int, step: int) -> bool:
+        """Whether steps of ``epoch`` may rely on what steps up to ``step`` of the epoch before wrote."""
+        return all(t.error is None and t.taker.reached(step) for t in self._taking.get(epoch, {}).values())
+
+    def wait(self, epoch: int, *, through_step: int, timeout_s: float) -> None:
+        """Wait until all that ``epoch`` takes has come, up to a step of the epoch before.
+
+        Raises:
+            CopyError: a copy is broken, the epoch is not (or no longer) known, or the time is over.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                taking = self._taking.get(epoch)
+                if taking is None:
+                    raise CopyError(f"stage {self._stage!r} takes no KV for epoch {epoch}: it was released.")
+                for source, copy in taking.items():
+                    if copy.error is not None:
+                        raise CopyError(f"the copy from {source!r} to {self._stage!r} is broken: {copy.error}")
+                late = [source for source, copy in taking.items() if not copy.taker.reached(through_step)]
+                if not late:
+                    return
+                if not self._changed.wait(deadline - time.monotonic()):
+                    raise CopyError(
+                        f"the copy from {late[0]!r} to {self._stage!r} was not through step {through_step} within "
+                        f"{timeout_s:.1f} s."
+                    )
+
+    def num_bytes(self, epoch: int) -> tuple[int, int]:
+        """Bytes of snapshots and of patches taken for ``epoch``."""
+        with self._changed:
+            takers = [copy.taker for copy in self._taking.get(epoch, {}).values()]
+        return sum(t.snapshot_bytes for t in takers), sum(t.patch_bytes for t in takers)
+
+    # ------------------------------------------------------------------ giving
+
+    def give(self, header: CopyHeader, buffers: Sequence[Frame], *, last_step: int) -> None:
+        """Begin to give layers away.
+
+        Args:
+            last_step: last step of the old epoch that this stage executed.
+        """
+        (blocks,) = buffers
+        giver = KVGiver(
+            header,
+            np.frombuffer(blocks, np.int32),
+            source=self._stage,
+            last_step=last_step,
+            kv=self._kv.__getitem__,
+        )
+        outlet = self._connect(Endpoint(node=header.node, ipc=header.ipc, tcp=header.tcp))
+        self._giving[header.epoch, header.target] = _Giving(giver, outlet)
+
+    def on_step(self, epoch: int, step: int, batch: StepBatch | None) -> bool:
+        """Send the patches of a step that was just executed (None: it was dropped). Returns whether there were any."""
+        mirroring = [key for key, giving in self._giving.items() if giving.giver.old_epoch == epoch]
+        for key in mirroring:
+            giving = self._giving[key]
+            try:
+                giving.outlet.send(giving.giver.on_step(step, batch))
+            except Exception:  # process edge: the step is done; the target will miss the patch
+                logger.exception("%s: the copy to %s is broken", self._stage, giving.giver.target)
+                self._drop(key)
+        return bool(mirroring)
+
+    def on_ack(self, header: PatchAckHeader) -> None:
+        """A target has applied something."""
+        giving = self._giving.get((header.epoch, header.target))
+        if giving is not None:
+            giving.giver.on_ack(header)
+
+    def send_chunk(self, now: float) -> bool:
+        """Send a piece of a snapshot, if one may be sent now. Returns whether it did."""
+        for key, giving in list(self._giving.items()):
+            try:
+                chunk = giving.giver.next_chunk(now)
+            except Exception:  # process edge: the target will wait in vain
+                logger.exception("%s: the copy to %s is broken", self._stage, giving.giver.target)
+                self._drop(key)
+                continue
+            if chunk is not None:
+                giving.outlet.send(chunk)
+                self._giving[key] = self._giving.pop(key)  # several copies take turns
+                return True
+        return False
+
+    def ready_at(self, now: float) -> float | None:
+        """When the next piece of a snapshot may be sent; None: not before a message comes."""
+        times = [at for giving in self._giving.values() if (at := giving.giver.ready_at(now)) is not None]
+        return min(times, default=None)
+
+    # ------------------------------------------------------------------ end
+
+    def forget(self, epoch: int) -> None:
+        """Drop all that is given to or by ``epoch``, and all that is taken for it."""
+        for key, giving in list(self._giving.items()):
+            if epoch in (giving.giver.epoch, giving.giver.old_epoch):
+                self._drop(key)
+        with self._changed:
+            taking = self._taking.pop(epoch, {})
+            self._changed.notify_all()
+        for copy in taking.values():
+            copy.outlet.close()
+
+    def _drop(self, key: tuple[int, str]) -> None:
+        self._giving.pop(key).outlet.close()

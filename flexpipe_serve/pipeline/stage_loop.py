@@ -1,0 +1,264 @@
+"""The data loop of a stage: one thread that takes messages and runs steps, of several epochs at once.
+
+Everything that a step needs beside weights and KV is the loop's own; the control side hands over routes, and whatever
+else must not happen during a step, as functions that the loop calls between messages.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, TimeoutError
+from dataclasses import dataclass
+from typing import TypeVar
+
+from flexpipe_serve.errors import EngineUnavailableError
+from flexpipe_serve.kv.block_copies import copy_blocks
+from flexpipe_serve.kv.stage_kv import StageKV
+from flexpipe_serve.pipeline.channel import Inbox, Outlet
+from flexpipe_serve.pipeline.messages import (
+    CopyHeader,
+    FailureHeader,
+    Frame,
+    HiddenHeader,
+    PatchAckHeader,
+    PatchHeader,
+    StepBatch,
+    StepHeader,
+    decode_header,
+    decode_step,
+    encode,
+)
+from flexpipe_serve.pipeline.stage_copies import StageCopies
+from flexpipe_serve.pipeline.stage_types import Assignment
+from flexpipe_serve.pipeline.step_compute import Hidden, StepComputer
+from flexpipe_serve.pipeline.step_queue import ReadyStep, StepQueue
+
+_T = TypeVar("_T")
+logger = logging.getLogger(__name__)
+_POLL_S = 1.0
+_TICK_S = 0.001
+"""What the inbox can wait at least."""
+_LONGEST_WITHOUT_CHUNK_S = 0.05
+"""A snapshot goes on at this pace even where steps leave no pause."""
+
+
+@dataclass(frozen=True)
+class _BrokenStep:
+    """A step whose message had a good header and nothing more."""
+
+    header: StepHeader
+    error: str
+
+
+_Given = Hidden | FailureHeader
+
+
+class _Route:
+    """Where steps of one epoch go, and those that wait."""
+
+    def __init__(self, assignment: Assignment, outlet: Outlet) -> None:
+        self.assignment = assignment
+        self.outlet = outlet
+        self.queue: StepQueue[StepBatch | _BrokenStep, _Given] = StepQueue(needs_input=not assignment.is_first)
+        self.last_step = 0
+
+
+class StageLoop:
+    """The loop and what belongs to its thread; :meth:`call` is for the others.
+
+    Time that refactorings cost is measured as an upper bound: a step counts as held back while it waits for patches,
+    and for the duration of other refactoring work (snapshot chunks, patches, new routes, block copies) after which a
+    message was waiting already, as if that had come when the work began.
+
+    Args:
+        name: of the stage.
+        stopping: set by whoever wants :meth:`run` to end.
+    """
+
+    def __init__(
+        self, *, name: str, inbox: Inbox, computer: StepComputer, kv: StageKV, copies: StageCopies,
+        stopping: threading.Event,
+    ) -> None:  # fmt: skip
+        self._name = name
+        self._inbox = inbox
+        self._computer = computer
+        self._kv = kv
+        self._copies = copies
+        self._stopping = stopping
+        self._calls: queue.SimpleQueue[tuple[Callable[[], object], Future[object]]] = queue.SimpleQueue()
+        self._routes: dict[int, _Route] = {}
+        self._extra_seconds = 0.0
+        """Refactoring work since the inbox was last seen empty or a step was charged with it."""
+        self._last_chunk = 0.0
+        self.num_steps = 0
+        self.busy_seconds = 0.0
+
+    def call(self, function: Callable[[], _T]) -> _T:
+        """Let the loop call ``function`` between two messages, and wait for it.
+
+        Raises:
+            EngineUnavailableError: the stage is stopping.
+        """
+        done: Future[_T] = Future()
+        self._calls.put((function, done))  # type: ignore[arg-type]
+        self._inbox.wake()
+        while True:
+            try:
+                return done.result(_POLL_S)
+            except TimeoutError:
+                if self._stopping.is_set() and not done.done():
+                    raise EngineUnavailableError(f"stage {self._name!r} is stopping.") from None
+
+    # ------------------------------------------------------------------ in the loop's thread
+
+    def add_route(self, assignment: Assignment, outlet: Outlet) -> None:
+        """Take steps of the assignment's epoch from now on."""
+        self._copies.expect(assignment)
+        self._routes[assignment.epoch] = _Route(assignment, outlet)
+
+    def drop_route(self, epoch: int) -> None:
+        """Drop the steps of an epoch, also those that wait, and its copies."""
+        self._copies.forget(epoch)
+        route = self._routes.pop(epoch, None)
+        if route is not None:
+            route.outlet.close()
+
+    def drop_all_routes(self) -> None:
+        """:meth:`drop_route` of every epoch."""
+        for epoch in list(self._routes):
+            self.drop_route(epoch)
+
+    def run(self) -> None:
+        """Take messages until the stage is stopping."""
+        while not self._stopping.is_set():
+            frames = self._inbox.receive(self._longest_wait())
+            self._take_calls()
+            if frames is None:
+                self._extra_seconds = 0.0  # nobody waited for that
+                self._send_chunk()
+                continue
+            try:
+                self._take(frames)
+            except Exception:  # process edge: whatever a message holds, the stage goes on
+                logger.exception("%s: dropped a message", self._name)
+            if time.monotonic() - self._last_chunk > _LONGEST_WITHOUT_CHUNK_S:
+                self._send_chunk()
+        self._take_calls()
+        self.drop_all_routes()
+
+    def _longest_wait(self) -> float:
+        if self._extra_seconds:
+            return 0.0  # to see whether a message waited
+        now = time.monotonic()
+        ready_at = self._copies.ready_at(now)
+        if ready_at is None:
+            return _POLL_S
+        return 0.0 if ready_at <= now else min(_POLL_S, max(_TICK_S, ready_at - now))
+
+    def _take_calls(self) -> None:
+        while not self._calls.empty():
+            function, done = self._calls.get()
+            started = time.perf_counter()
+            try:
+                done.set_result(function())
+            except Exception as error:  # thread edge: the caller gets it
+                done.set_exception(error)
+            self._extra_seconds += time.perf_counter() - started
+
+    def _send_chunk(self) -> None:
+        started = time.perf_counter()
+        now = time.monotonic()
+        if self._copies.send_chunk(now):
+            self._last_chunk = now
+            self._extra_seconds += time.perf_counter() - started
+
+    def _take(self, frames: Sequence[Frame]) -> None:
+        header = decode_header(frames[0])
+        started = time.perf_counter()
+        if isinstance(header, PatchHeader):
+            self._copies.apply(header, frames[1:])
+            self._extra_seconds += time.perf_counter() - started
+            self._run_steps(header.epoch)
+        elif isinstance(header, PatchAckHeader):
+            self._copies.on_ack(header)
+        elif isinstance(header, CopyHeader):
+            route = self._routes.get(header.old_epoch)
+            if route is not None:
+                self._copies.give(header, frames[1:], last_step=route.last_step)
+                self._extra_seconds += time.perf_counter() - started
+        else:
+            self._take_of_step(header, frames[1:], now=started)
+
+    def _take_of_step(self, header: object, buffers: Sequence[Frame], *, now: float) -> None:
+        if not isinstance(header, StepHeader | HiddenHeader | FailureHeader):
+            raise ValueError(f"a stage takes no {type(header).__name__}.")
+        route = self._routes.get(header.epoch)
+        if route is None:
+            logger.info("%s: dropped a message of epoch %d", self._name, header.epoch)
+            return
+        if isinstance(header, StepHeader):
+            step: StepBatch | _BrokenStep
+            try:
+                step = decode_step(header, buffers)
+            except ValueError as error:
+                step = _BrokenStep(header, str(error))
+            route.queue.add_step(header.step, step, patched_through=header.patched_through, now=now)
+        else:
+            given: _Given
+            try:
+                given = self._computer.read_hidden(header, buffers) if isinstance(header, HiddenHeader) else header
+            except ValueError as error:
+                given = self._failure(header, error)
+            route.queue.add_input(header.step, given, now=now)
+        self._run_steps(header.epoch)
+
+    def _run_steps(self, epoch: int) -> None:
+        route = self._routes.get(epoch)
+        if route is None:
+            return
+        while ready := route.queue.pop(lambda step: self._copies.is_patched(epoch, step), now=time.perf_counter()):
+            self._run_step(route, ready)
+
+    def _run_step(self, route: _Route, ready: ReadyStep[StepBatch | _BrokenStep, _Given]) -> None:
+        started = time.perf_counter()
+        step, given = ready.step, ready.given
+        header = step.header
+        held_seconds = ready.held_seconds + self._extra_seconds
+        self._extra_seconds = 0.0
+        computed: StepBatch | None = None
+        try:
+            if header.copies:
+                copy_blocks([self._kv[layer] for layer in route.assignment.layers], header.copies)
+                held_seconds += time.perf_counter() - started
+            if isinstance(given, FailureHeader):
+                frames = encode(given)  # travels on, so that every stage drops the step in order
+            elif isinstance(step, _BrokenStep):
+                frames = encode(self._failure(header, ValueError(step.error)))
+            else:
+                frames = self._computer.run(
+                    route.assignment,
+                    step,
+                    given,
+                    kv=self._kv,
+                    num_blocks=self._kv.num_blocks,
+                    held_seconds=held_seconds,
+                )
+                computed = step
+        except Exception as error:  # process edge: a step that fails must not take the stage with it
+            logger.exception("%s: step %d failed", self._name, header.step)
+            frames = encode(self._failure(header, error))
+        route.outlet.send(frames)
+        route.last_step = header.step
+        self.num_steps += 1
+        ended = time.perf_counter()
+        self.busy_seconds += ended - started
+        if self._copies.on_step(header.epoch, header.step, computed):
+            self._extra_seconds += time.perf_counter() - ended
+
+    def _failure(self, header: StepHeader | HiddenHeader | FailureHeader, error: Exception) -> FailureHeader:
+        message = f"{type(error).__name__}: {error}"
+        return FailureHeader(epoch=header.epoch, step=header.step, stage=self._name, message=message)

@@ -1,0 +1,210 @@
+"""What a stage does with one step: its layers' part of the forward pass, and on the last stage the next tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flexpipe_serve.kernels.attention import RaggedBatch
+from flexpipe_serve.kernels.registry import check_block_size, get_attention_backend
+from flexpipe_serve.kernels.sampling import prompt_logprobs, sample
+from flexpipe_serve.kv.segment import BlockShape
+from flexpipe_serve.model.fastest_linear import fastest_linear
+from flexpipe_serve.model.source import load_spec
+from flexpipe_serve.model.stage_model import StageModel
+from flexpipe_serve.pipeline.messages import (
+    Frame,
+    HiddenHeader,
+    LogprobResult,
+    ResultHeader,
+    StepBatch,
+    encode,
+)
+from flexpipe_serve.pipeline.stage_types import Assignment, StageSetup
+from flexpipe_serve.pipeline.step_check import check_batch
+
+_LOGIT_ROWS = 64
+"""Rows of logits made at once: those of a whole prompt would take gigabytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hidden:
+    """What the stage before sent for a step."""
+
+    tensor: torch.Tensor
+    stage_seconds: tuple[float, ...] = ()
+    held_seconds: float = 0.0
+
+
+class StepComputer:
+    """A stage's model and kernels. Making one does all the slow work that does not depend on the layers."""
+
+    def __init__(self, setup: StageSetup) -> None:
+        self.device = torch.device(setup.device)
+        self.dtype: torch.dtype = getattr(torch, setup.dtype)
+        self.spec = load_spec(Path(setup.model_path), max_model_len=setup.max_model_len)
+        self._dtype_name = setup.dtype
+        self._block_size = setup.block_size
+        self._attention = get_attention_backend(setup.attention, device=self.device, dtype=self.dtype)
+        check_block_size(self._attention, setup.block_size)
+        linear = setup.linear
+        if linear == "auto":
+            linear = fastest_linear(self.spec, dtype=self.dtype, device=self.device)
+        self.model = StageModel(
+            self.spec, device=self.device, dtype=self.dtype, attention=self._attention, linear=linear
+        )
+
+    @property
+    def block_shape(self) -> BlockShape:
+        """Of the stage's KV."""
+        return BlockShape(
+            block_size=self._block_size,
+            num_kv_heads=self.spec.num_kv_heads,
+            head_dim=self.spec.head_dim,
+            dtype=self.dtype,
+        )
+
+    def read_hidden(self, header: HiddenHeader, buffers: Sequence[Frame]) -> Hidden:
+        """The message of the stage before. Raises ValueError where it is malformed."""
+        (frame,) = buffers
+        num_tokens, width = header.shape
+        if width != self.spec.hidden_size or header.dtype != self._dtype_name:
+            raise ValueError(
+                f"hidden states of width {width} in {header.dtype}; "
+                f"the model has {self.spec.hidden_size} in {self._dtype_name}."
+            )
+        if len(frame) != num_tokens * width * self.dtype.itemsize:
+            raise ValueError(f"hidden states {header.shape} in {len(frame)} bytes.")
+        tensor = torch.empty(0, width, dtype=self.dtype)
+        if num_tokens:
+            # A copy: the frame may lie at any address, and layers work in place.
+            tensor = torch.frombuffer(bytearray(frame), dtype=self.dtype).view(header.shape)
+        return Hidden(
+            tensor=tensor.to(self.device), stage_seconds=header.stage_seconds, held_seconds=header.held_seconds
+        )
+
+    @torch.inference_mode()
+    def run(
+        self,
+        assignment: Assignment,
+        batch: StepBatch,
+        given: Hidden | None,
+        *,
+        kv: Mapping[int, torch.Tensor],
+        num_blocks: int,
+        held_seconds: float,
+    ) -> list[Frame]:
+        """Compute a step's part.
+
+        Args:
+            assignment: of the step's epoch.
+            given: None on a first stage.
+            num_blocks: committed in ``kv``.
+            held_seconds: how long this stage held the step back.
+
+        Returns:
+            The message for the next stage, or on the last one for the Router.
+
+        Raises:
+            ValueError: the step does not hold together.
+        """
+        started = time.perf_counter()
+        header = batch.header
+        if header.num_seqs:
+            check_batch(
+                batch,
+                num_blocks=num_blocks,
+                block_size=self._block_size,
+                vocab_size=self.spec.vocab_size,
+                max_model_len=self.spec.max_model_len,
+            )
+            if given is not None and len(given.tensor) != header.num_tokens:
+                raise ValueError(f"hidden states of {len(given.tensor)} tokens, the step has {header.num_tokens}.")
+            self._set_num_threads(header.num_threads)
+            hidden = self._forward(assignment, batch, given, kv)
+        else:
+            hidden = torch.empty(0, self.spec.hidden_size, dtype=self.dtype)
+        held_seconds += given.held_seconds if given else 0.0
+        passed = given.stage_seconds if given else ()
+        if assignment.is_last:
+            tokens, logprobs, prompts = self._finish(batch, hidden)
+            result = ResultHeader(
+                epoch=header.epoch,
+                step=header.step,
+                stage_seconds=(*passed, time.perf_counter() - started),
+                held_seconds=held_seconds,
+                logprobs=logprobs,
+                prompt_logprobs=prompts,
+            )
+            return encode(result, tokens)
+        body = hidden.contiguous().cpu()  # on CUDA this waits for the KV writes too
+        out = HiddenHeader(
+            epoch=header.epoch,
+            step=header.step,
+            shape=(body.shape[0], body.shape[1]),
+            dtype=self._dtype_name,
+            stage_seconds=(*passed, time.perf_counter() - started),
+            held_seconds=held_seconds,
+        )
+        return encode(out, body.view(torch.uint8).numpy().data.cast("B") if len(body) else b"")
+
+    def _set_num_threads(self, num_threads: int) -> None:
+        if num_threads and self.device.type == "cpu" and torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)
+
+    def _forward(
+        self, assignment: Assignment, batch: StepBatch, given: Hidden | None, kv: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor:
+        ragged = RaggedBatch(
+            num_computed=batch.num_computed,
+            num_new=batch.num_new,
+            block_tables=batch.block_tables,
+            block_size=self._block_size,
+        )
+        num_new = torch.from_numpy(batch.num_new).long()
+        offsets = torch.arange(batch.header.num_tokens) - _starts(batch).repeat_interleave(num_new)
+        positions = torch.from_numpy(batch.num_computed).long().repeat_interleave(num_new) + offsets
+        return self.model.forward(
+            given.tensor if given else torch.from_numpy(batch.token_ids).long().to(self.device),
+            layers=assignment.layers,
+            is_first=assignment.is_first,
+            positions=positions.to(self.device),
+            plan=self._attention.plan(ragged, device=self.device),
+            kv=kv,
+        )
+
+    def _finish(
+        self, batch: StepBatch, hidden: torch.Tensor
+    ) -> tuple[Frame, tuple[LogprobResult | None, ...], tuple[tuple[LogprobResult, ...], ...]]:
+        """The last stage's part: logits of the rows that need them, sampling, log probabilities of the prompt."""
+        header = batch.header
+        starts = _starts(batch)
+        tokens: Frame = b""
+        logprobs: tuple[LogprobResult | None, ...] = ()
+        if header.samples:
+            ends = starts + torch.from_numpy(batch.num_new) - 1
+            rows = ends[[spec.row for spec in header.samples]].to(self.device)
+            output = sample(self.model.logits(hidden[rows]), header.samples, batch.histories)
+            tokens, logprobs = output.tokens.data.cast("B"), output.logprobs
+        prompts = []
+        offset = 0
+        for spec in header.prompt_logprobs:
+            first = int(starts[spec.row])
+            targets = batch.targets[offset : offset + spec.num_targets]
+            offset += spec.num_targets
+            found: list[LogprobResult] = []
+            for at in range(0, spec.num_targets, _LOGIT_ROWS):
+                piece = targets[at : at + _LOGIT_ROWS]
+                logits = self.model.logits(hidden[first + at : first + at + len(piece)])
+                found += prompt_logprobs(logits, piece, spec.num_logprobs)
+            prompts.append(tuple(found))
+        return tokens, logprobs, tuple(prompts)
+
+
+def _starts(batch: StepBatch) -> torch.Tensor:
+    """Index of each sequence's first token in the step."""
+    return torch.from_numpy(batch.num_new.cumsum() - batch.num_new)
