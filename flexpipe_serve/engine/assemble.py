@@ -16,10 +16,12 @@ from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.model.source import ModelSpec, load_spec, resolve_source
 from flexpipe_serve.model.tokenizer import ModelTokenizer
+from flexpipe_serve.pipeline.budget import KVBudget
 from flexpipe_serve.pipeline.channel import CurveKeys
 from flexpipe_serve.pipeline.layout import Layout, even_boundaries, make_layout
-from flexpipe_serve.pipeline.pipeline import KVBudget, Pipeline
+from flexpipe_serve.pipeline.pipeline import Pipeline
 from flexpipe_serve.pipeline.stage_types import StageHost, StageSetup
+from flexpipe_serve.refactor.feasibility import ModelWeights
 
 CPU_BLOCK_SIZE = 16
 FLASH_BLOCK_SIZE = 256
@@ -82,12 +84,13 @@ def build_engine(
         max_blocks=psutil.virtual_memory().total // block_bytes,
         num_work_tokens=args.scheduler.max_num_batched_tokens,
         orphan_timeout_s=args.orphan_timeout_s,
+        private_kv=args.kv.domain == "stage",
         keys=keys,
     )
     budget = KVBudget(
         budget_bytes=args.memory_budget,
         block_bytes=block_bytes,
-        max_blocks=None if args.kv.max_tokens is None else -(-args.kv.max_tokens // block_size),
+        max_blocks=setup.max_blocks if args.kv.max_tokens is None else -(-args.kv.max_tokens // block_size),
     )
 
     def make_pipeline(on_lost: OnLost) -> Pipeline:
@@ -112,6 +115,11 @@ def build_engine(
         ),
         block_size=block_size,
         metrics=metrics,
+        weights=ModelWeights(
+            layers=tuple(spec.layer_bytes(layer, dtype) for layer in range(spec.num_layers)),
+            embedding=spec.embedding_bytes(dtype),
+            head=spec.head_bytes(dtype),
+        ),
         num_cores=num_cores,
         sign_of_life_s=min(2.0, args.orphan_timeout_s / 5),
     )

@@ -6,8 +6,10 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 from flexpipe_serve.engine.client import ModelCard
@@ -16,20 +18,37 @@ from flexpipe_serve.engine.request import Sequence as EngineSequence
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scheduler import Scheduler
 from flexpipe_serve.engine.scheduler_config import SchedulerConfig
+from flexpipe_serve.engine.stage_status import describe_stage
 from flexpipe_serve.engine.step_loop import StepLoop
 from flexpipe_serve.engine.stream import RequestStream
-from flexpipe_serve.errors import ConfigError, EngineUnavailableError
+from flexpipe_serve.errors import ConfigError, EngineUnavailableError, RefactorBusyError, RefactorRefusedError
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.model.tokenizer import ModelTokenizer
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.pipeline import Pipeline
 from flexpipe_serve.pipeline.stage_types import StageReport
+from flexpipe_serve.refactor.commands import Finish
+from flexpipe_serve.refactor.feasibility import ModelWeights
+from flexpipe_serve.refactor.manager import RefactorManager
+from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
 
 logger = logging.getLogger(__name__)
 _RETRY_S = 2.0
 """Between attempts to bring a lost pipeline back."""
 
+_MAX_EVENTS = 1000
+
 OnLost = Callable[[str, str], None]
+
+
+@dataclass
+class _Wanted:
+    """A layout that the configuration asks for."""
+
+    layout: Layout
+    refactoring_id: str | None = None
+    """Of the attempt to get it."""
+    future: Future[None] = field(default_factory=Future)
 
 
 class Engine:
@@ -37,6 +56,7 @@ class Engine:
 
     Args:
         make_pipeline: the pipeline, given whom to call when a stage is lost.
+        weights: bytes of the model, to tell whether a refactoring fits.
         num_cores: CPU cores that the stages share.
         sign_of_life_s: interval in which stages hear from the Router.
     """
@@ -50,6 +70,7 @@ class Engine:
         scheduler_config: SchedulerConfig,
         block_size: int,
         metrics: EngineMetrics,
+        weights: ModelWeights,
         num_cores: int,
         sign_of_life_s: float = 2.0,
     ) -> None:
@@ -63,7 +84,12 @@ class Engine:
         self._control = ThreadPoolExecutor(1, thread_name_prefix="flexpipe-control")
         self._stopping = threading.Event()
         self._sign_of_life_s = sign_of_life_s
-        self._reports: list[StageReport] = []
+        self._reports: dict[str, StageReport] = {}
+        self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
+        self._refactorings = RefactorManager(
+            self._pipeline, self._loop, weights, rebuild=self._rebuild_once, on_over=self._on_refactored
+        )
+        self._wanted: _Wanted | None = None
         self._unavailable: str | None = "the pipeline has not started."
         self.config_error: str | None = None
         """Why the latest change of the configuration was refused; shown in the status."""
@@ -113,6 +139,8 @@ class Engine:
         """The body of ``GET /flexpipe/status``."""
         stats = self._loop.scheduler.stats()
         layout = self._pipeline.layout
+        stages = layout.stages if layout else ()
+        reports = self._reports
         return {
             "model": self.model.name,
             "state": "serving" if self._unavailable is None else "unavailable",
@@ -124,7 +152,8 @@ class Engine:
                 "num_stages": layout.num_stages if layout else 0,
                 "boundaries": list(layout.boundaries) if layout else [],
             },
-            "stages": [_describe(report) for report in self._reports],
+            "stages": [describe_stage(reports[name]) for name in stages if name in reports],
+            "warm_stages": [describe_stage(report) for name, report in reports.items() if name not in stages],
             "kv": {
                 "block_size": self._block_size,
                 "num_blocks": stats.num_blocks,
@@ -147,6 +176,27 @@ class Engine:
             "metrics": self._metrics.snapshot(),
         }
 
+    async def refactor(self, request: RefactorRequest) -> RefactorRecord:
+        """See EngineClient.refactor."""
+        await self.check_health()
+        return await asyncio.wrap_future(self._control.submit(self._start_refactoring, request))
+
+    def refactoring(self, refactoring_id: str, /) -> RefactorRecord | None:
+        """See EngineClient.refactoring."""
+        return self._refactorings.get(refactoring_id)
+
+    def cancel_refactoring(self, refactoring_id: str, /) -> RefactorRecord | None:
+        """See EngineClient.cancel_refactoring."""
+        return self._refactorings.cancel(refactoring_id, "asked for")
+
+    def refactorings(self) -> list[RefactorRecord]:
+        """See EngineClient.refactorings."""
+        return self._refactorings.all()
+
+    def events(self) -> list[dict[str, Any]]:
+        """See EngineClient.events."""
+        return list(self._events)
+
     # ------------------------------------------------------------------ control
 
     @property
@@ -163,6 +213,7 @@ class Engine:
         self._loop.start()
         try:
             self._control.submit(self._bring_up, layout).result()
+            self._control.submit(self._refactorings.fill_pool).result()
         except BaseException:
             self.stop()
             raise
@@ -174,11 +225,21 @@ class Engine:
             raise EngineUnavailableError("the engine thread has ended.")
 
     def set_layout(self, layout: Layout) -> Future[None]:
-        """Serve through another layout: the pipeline is rebuilt, running sequences are replayed from their tokens.
+        """Serve through a layout with these boundaries, by a live refactoring; behind the one that runs, if any, and
+        instead of one that still waits for its turn.
 
-        Where the layout does not fit into the memory the future fails with ConfigError and the former one is back.
+        The future fails with ConfigError where that cannot be had; the former layout serves on.
         """
-        return self._control.submit(self._change_layout, layout)
+        wanted = _Wanted(layout)
+        self._control.submit(self._want, wanted)
+        return wanted.future
+
+    def set_refactor_limits(self, *, max_bytes_per_s: float, num_warm_stages: int) -> None:
+        """New limit of copying KV, and a new size of the pool of warm stages."""
+        self._refactorings.max_bytes_per_s = max_bytes_per_s
+        self._refactorings.num_warm_stages = num_warm_stages
+        if self._pipeline.layout is not None:
+            self._control.submit(self._refactorings.fill_pool)
 
     def set_max_waiting(self, max_waiting: int) -> None:
         """A new bound of the waiting queue, from the next request on."""
@@ -188,62 +249,117 @@ class Engine:
         """End all requests with an error, and all stages."""
         self._unavailable = "the server is shutting down."
         self._stopping.set()
+        self._refactorings.stop()
         self._loop.stop("the server is shutting down.")
         self._control.submit(self._pipeline.stop).result()
         self._control.shutdown()
 
-    def _bring_up(self, layout: Layout) -> None:
+    def _bring_up(self, layout: Layout) -> int:
+        """Start the layout from nothing but tokens. Returns how many sequences are replayed."""
         num_blocks = self._pipeline.start(layout)
         self._reports = self._pipeline.reports()
-        self._loop.resume(num_stages=layout.num_stages, num_blocks=num_blocks).result()
+        num_replayed = self._loop.resume(num_stages=layout.num_stages, num_blocks=num_blocks).result()
         self._unavailable = None
+        return num_replayed
 
-    def _change_layout(self, layout: Layout) -> None:
-        former = self._pipeline.layout
-        assert former is not None
-        if layout == former:
-            return
-        reason = "the layout is changing."
-        try:
-            self._unavailable = reason
-            self._loop.pause().result()
-            self._bring_up(layout)
-        except ConfigError:
-            self._rebuild(former, reason)
-            raise
-        except EngineUnavailableError:
-            logger.exception("the layout could not be changed at once")
-            self._rebuild(layout, reason)
+    def _rebuild_once(self, layout: Layout) -> int:
+        self._unavailable = "the pipeline is being rebuilt."
+        self._loop.pause().result()
+        return self._bring_up(layout)
 
     def _rebuild(self, layout: Layout, reason: str) -> None:
         """Bring the pipeline up again, however often it takes; requests wait meanwhile."""
         while not self._stopping.is_set():
             self._unavailable = reason
             try:
-                self._loop.pause().result()
-                self._bring_up(layout)
-                return
+                num_replayed = self._rebuild_once(layout)
+                self._note(
+                    "rebuilt", f"{layout.num_stages} stages are up again; {num_replayed} sequences are replayed."
+                )
+                break
             except Exception as error:  # process edge: whatever it was, try again with new stages
                 logger.exception("the pipeline could not be rebuilt")
                 self._unavailable = f"{reason} Bringing the pipeline up failed: {error}"
                 self._stopping.wait(_RETRY_S)
+        self._refactorings.fill_pool()
 
     def _on_stage_lost(self, name: str, reason: str) -> None:
         if self._stopping.is_set():
             return
         logger.error("stage %s is lost: %s", name, reason)
-        self._unavailable = f"stage {name!r} was lost and is being replaced."
+        self._note("stage_lost", f"stage {name!r} was lost: {reason}")
         self._pipeline.forget(name)
+        if self._refactorings.on_stage_lost(name, reason):
+            return
         if self._pipeline.layout is not None:  # else its start is under way and fails by itself
-            self._control.submit(self._replace_lost, self._unavailable)
+            self._control.submit(self._replace_lost, f"stage {name!r} was lost and is being replaced.")
 
     def _replace_lost(self, reason: str) -> None:
         # The layout may have changed since the loss, and that may have replaced the stage.
         layout = self._pipeline.layout
-        if layout is None or self._pipeline.is_complete:
-            self._unavailable = None
+        if layout is None or self._refactorings.is_running:
+            return
+        if self._pipeline.is_complete:
+            self._refactorings.fill_pool()
         else:
             self._rebuild(layout, reason)
+
+    # ------------------------------------------------------------------ refactorings
+
+    def _want(self, wanted: _Wanted) -> None:
+        former, self._wanted = self._wanted, wanted
+        if former is not None:
+            former.future.set_exception(ConfigError("another layout was asked for meanwhile."))
+        self._pursue()
+
+    def _pursue(self) -> None:
+        """Start the refactoring that the configuration asks for, when it is its turn."""
+        wanted, layout = self._wanted, self._pipeline.layout
+        if wanted is None or layout is None or self._refactorings.is_running:
+            return
+        if wanted.layout.boundaries == layout.boundaries:
+            self._wanted = None
+            wanted.future.set_result(None)
+            return
+        try:
+            if wanted.refactoring_id is not None:  # it was tried
+                record = self._refactorings.get(wanted.refactoring_id)
+                raise RefactorRefusedError(f"the layout could not be changed: {record.error if record else ''}")
+            request = RefactorRequest(boundaries=wanted.layout.boundaries, reason="configuration")
+            wanted.refactoring_id = self._start_refactoring(request).id
+        except RefactorBusyError:
+            return
+        except (RefactorRefusedError, EngineUnavailableError) as error:
+            self._wanted = None
+            wanted.future.set_exception(ConfigError(str(error)))
+
+    def _start_refactoring(self, request: RefactorRequest) -> RefactorRecord:
+        record = self._refactorings.start(request)
+        if not record.is_over:
+            old, new = record.plan.old, record.plan.new
+            self._note("refactoring_started", f"{record.id}: {len(old)} to {len(new)} stages ({record.reason}).")
+        return record
+
+    def _on_refactored(self, record: RefactorRecord, finish: Finish) -> None:
+        """In the refactoring's thread, when it is over."""
+        why = f": {record.error}" if record.error else ""
+        self._note("refactoring_ended", f"{record.id}: {record.outcome} after {record.seconds:.2f} s{why}.")
+        self._metrics.on_refactoring(record)
+        if not self._stopping.is_set():
+            self._control.submit(self._after_refactoring, finish)
+
+    def _after_refactoring(self, finish: Finish) -> None:
+        if self._refactorings.is_running:
+            return
+        if not finish.is_rebuilt or not self._pipeline.is_complete:
+            self._rebuild(finish.layout, "a stage was lost during a refactoring and is being replaced.")
+        else:
+            self._unavailable = None
+            self._refactorings.fill_pool()
+        self._pursue()
+
+    def _note(self, kind: str, message: str) -> None:
+        self._events.append({"time": time.time(), "kind": kind, "message": message})
 
     def _speak_to_stages(self) -> None:
         while not self._stopping.wait(self._sign_of_life_s):
@@ -254,21 +370,7 @@ class Engine:
                 continue
             except RuntimeError:
                 return  # stopped meanwhile
-            self._metrics.set_gauges(self._loop.scheduler.stats(), self._reports, epoch=self._pipeline.epoch)
+            self._metrics.set_gauges(
+                self._loop.scheduler.stats(), list(self._reports.values()), epoch=self._pipeline.epoch
+            )
             self._metrics.flush(time.monotonic())
-
-
-def _describe(report: StageReport) -> dict[str, Any]:
-    return {
-        "name": report.name,
-        "node": report.node,
-        "pid": report.pid,
-        "device": report.device,
-        "layers": [report.start, report.stop],
-        "num_layers": report.stop - report.start,
-        "weights_bytes": report.weights_bytes,
-        "overhead_bytes": report.overhead_bytes,
-        "kv_bytes": report.kv_bytes,
-        "num_steps": report.num_steps,
-        "busy_seconds": round(report.busy_seconds, 3),
-    }

@@ -14,13 +14,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from flexpipe_serve.engine.holds import Hold, HoldTimes
 from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.request import Sequence as EngineSequence
 from flexpipe_serve.engine.request import SequenceUpdate
 from flexpipe_serve.engine.scheduler import Scheduler
 from flexpipe_serve.engine.stream import RequestStream
+from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.pipeline.messages import (
     FailureHeader,
@@ -40,13 +43,22 @@ _MAX_STEP_FAILURES = 2
 class StepLink(Protocol):
     """The data side of a pipeline."""
 
-    epoch: int
+    @property
+    def epoch(self) -> int:
+        """Of the steps that are scheduled now."""
+        ...
 
     def send(self, batch: StepBatch) -> None: ...
 
     def receive(self, timeout_s: float) -> Sequence[Frame] | None: ...
 
     def wake(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Sent:
+    epoch: int
+    time: float
 
 
 class StepLoop:
@@ -68,7 +80,15 @@ class StepLoop:
         self._streams: dict[str, RequestStream] = {}
         self._num_stages = 0
         self._next_step = 1
-        self._sent_at: dict[int, float] = {}
+        self._in_flight: dict[int, _Sent] = {}
+        self._conditions: list[tuple[Callable[[], bool], Future[None]]] = []
+        self._patching_epoch: int | None = None
+        self._last_sent: dict[int, int] = {}
+        """Newest step sent, by epoch."""
+        self._last_taken: dict[int, int] = {}
+        """Newest step whose result was taken, by epoch: those of one epoch end in the order sent."""
+        self._hold: Hold | None = None
+        self.holds = HoldTimes()
         self._outputs: list[tuple[RequestStream, SequenceOutput]] = []
 
     # ------------------------------------------------------------------ for other threads
@@ -123,6 +143,17 @@ class StepLoop:
 
         return self.call(abort)
 
+    def when(self, condition: Callable[[], bool]) -> Future[None]:
+        """Ends when ``condition``, asked in the engine thread between two steps, is true; fails on :meth:`resume`,
+        which makes an end of every wait, and at the end of the thread."""
+        future: Future[None] = Future()
+
+        def add() -> None:
+            self._conditions.append((condition, future))
+
+        self.call(add)
+        return future
+
     def pause(self) -> Future[None]:
         """Send no more steps; those in flight are void once :meth:`resume` says how the pipeline goes on."""
 
@@ -131,16 +162,85 @@ class StepLoop:
 
         return self.call(pause)
 
-    def resume(self, *, num_stages: int, num_blocks: int) -> Future[None]:
-        """Go on with a pipeline whose KV is empty: running sequences are replayed from their tokens."""
+    def resume(self, *, num_stages: int, num_blocks: int) -> Future[int]:
+        """Go on with a pipeline whose KV is empty: running sequences are replayed from their tokens.
 
-        def resume() -> None:
-            self._sent_at.clear()
+        Returns:
+            How many sequences lost KV.
+        """
+
+        def resume() -> int:
+            self._in_flight.clear()
+            self._patching_epoch = None
+            self._end_hold()
+            conditions, self._conditions = self._conditions, []
+            for _, future in conditions:
+                future.set_exception(EngineUnavailableError("the pipeline was rebuilt meanwhile."))
             self._num_stages = num_stages
+            num_replayed = self.scheduler.stats().num_running
             for seq in self.scheduler.reset(num_blocks, now=time.monotonic()):
                 self._end(seq)
+            return num_replayed
 
         return self.call(resume)
+
+    # ------------------------------------------------------------------ for a refactoring, in the engine thread
+
+    def hold(self) -> None:
+        """Send no new steps, until :meth:`unhold`; those in flight go on."""
+        if self._hold is None:
+            self._hold = Hold()
+
+    def unhold(self) -> None:
+        """Send steps again."""
+        self._end_hold()
+
+    def start_watch(self) -> None:
+        """Count holds and tokens from zero."""
+        self.holds = HoldTimes()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps sent and not answered."""
+        return len(self._in_flight)
+
+    def num_in_flight_of(self, epoch: int) -> int:
+        """Steps of one epoch in flight."""
+        return sum(sent.epoch == epoch for sent in self._in_flight.values())
+
+    def last_sent(self, epoch: int) -> int:
+        """The newest step sent in an epoch; 0: none."""
+        return self._last_sent.get(epoch, 0)
+
+    def switch(self, *, num_stages: int, patching_epoch: int | None) -> int:
+        """The link has changed its epoch: go on with as many steps in flight as the new pipeline has stages.
+
+        Args:
+            patching_epoch: the old epoch, where stages wait for patches of its steps; else None.
+
+        Returns:
+            The switch step: the first of the new epoch.
+        """
+        self._num_stages = num_stages
+        self._patching_epoch = patching_epoch
+        return self._next_step
+
+    def grow(self, num_blocks: int) -> None:
+        """The stages have ``num_blocks`` blocks, no fewer than the scheduler uses."""
+        for seq in self.scheduler.grow(num_blocks, now=time.monotonic()):
+            self._end(seq)
+
+    def end_patching(self) -> None:
+        """All patches are applied: new steps wait for none."""
+        self._patching_epoch = None
+        for steps in (self._last_sent, self._last_taken):
+            for epoch in [e for e in steps if e < self._link.epoch]:
+                del steps[epoch]
+
+    def _end_hold(self) -> None:
+        if self._hold is not None and self._hold.since is not None:
+            self.holds.add(time.monotonic() - self._hold.since)
+        self._hold = None
 
     # ------------------------------------------------------------------ the thread
 
@@ -148,6 +248,7 @@ class StepLoop:
         while not self._stopping.is_set():
             try:
                 self._take_commands()
+                self._check_conditions()
                 self._fill_pipeline()
                 self._deliver()
                 frames = self._link.receive(_IDLE_WAIT_S)
@@ -156,6 +257,8 @@ class StepLoop:
             except Exception:  # thread edge: one bad message must not end all requests
                 logger.exception("the engine loop caught an error")
         self._deliver()
+        for _, future in self._conditions:
+            future.set_exception(EngineUnavailableError("the engine has ended."))
 
     def _take_commands(self) -> None:
         while not self._commands.empty():
@@ -163,19 +266,35 @@ class StepLoop:
 
     def _fill_pipeline(self) -> None:
         """As many steps in flight as stages; a sequence is in one at most."""
-        while len(self._sent_at) < self._num_stages:
+        if self._hold is not None:
+            if self._hold.since is None and len(self._in_flight) < self._num_stages and self.scheduler.num_unfinished:
+                self._hold.since = time.monotonic()
+            return
+        while len(self._in_flight) < self._num_stages:
             batch = self.scheduler.schedule(
                 step=self._next_step,
                 epoch=self._link.epoch,
                 num_stages=self._num_stages,
                 now=time.monotonic(),
                 num_threads=self._threads_per_stage(),
+                patched_through=self._last_taken.get(self._patching_epoch or 0, 0),
             )
             if batch is None:
                 return
-            self._sent_at[self._next_step] = time.monotonic()
+            self._in_flight[self._next_step] = _Sent(self._link.epoch, time.monotonic())
+            self._last_sent[self._link.epoch] = self._next_step
             self._next_step += 1
             self._link.send(batch)
+
+    def _check_conditions(self) -> None:
+        if not self._conditions:
+            return
+        waiting, self._conditions = self._conditions, []
+        for condition, future in waiting:
+            if condition():
+                future.set_result(None)
+            else:
+                self._conditions.append((condition, future))
 
     def _threads_per_stage(self) -> int:
         """Stages that compute at the same time share the cores; one that computes alone has them all."""
@@ -184,12 +303,19 @@ class StepLoop:
 
     def _take(self, frames: Sequence[Frame]) -> None:
         header = decode_header(frames[0])
-        if header.epoch != self._link.epoch or header.step not in self._sent_at:
+        if not isinstance(header, ResultHeader | FailureHeader):
+            return
+        sent = self._in_flight.get(header.step)
+        if sent is None or sent.epoch != header.epoch:
             return  # of a void step
+        del self._in_flight[header.step]
         now = time.monotonic()
-        step_seconds = now - self._sent_at.pop(header.step)
+        step_seconds = now - sent.time
+        self._last_taken[header.epoch] = header.step
         if isinstance(header, ResultHeader):
             tokens = decode_tokens(frames[1])
+            self.holds.add(header.held_seconds)
+            self.holds.num_tokens += len(tokens)
             updates = self.scheduler.complete(header.step, tokens, now=now)
             self._metrics.on_step(step_seconds, header.stage_seconds, num_tokens=len(tokens))
             self._metrics.on_tokens(updates, now=now)

@@ -1,4 +1,4 @@
-"""The Router's side of a pipeline: starts its stages, sizes the KV, sends steps and receives results."""
+"""The Router's side of a pipeline: its stages, and the routes that steps take through them."""
 
 from __future__ import annotations
 
@@ -6,43 +6,28 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from flexpipe_serve.errors import EngineUnavailableError
-from flexpipe_serve.kv.capacity import StageFootprint, max_blocks
 from flexpipe_serve.kv.domain import DomainFolder
+from flexpipe_serve.pipeline.budget import KVBudget, count_blocks, domain_budgets
 from flexpipe_serve.pipeline.channel import CurveKeys, Endpoint, Outlet, ZmqInbox, ZmqOutlet
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.messages import Frame, StepBatch
-from flexpipe_serve.pipeline.stage_types import Assignment, StageHandle, StageHost, StageReport, StageSetup
+from flexpipe_serve.pipeline.stage_types import Assignment, Incoming, StageHandle, StageHost, StageReport, StageSetup
 
 _T = TypeVar("_T")
 logger = logging.getLogger(__name__)
 _START_S = 300.0
 _REPORT_S = 10.0
-CPU_SHARE = 0.6
-"""Of the free memory of a node, taken where no budget is given."""
-GPU_SHARE = 0.9
-
-
-@dataclass(frozen=True, kw_only=True)
-class KVBudget:
-    """How the number of KV blocks follows from memory."""
-
-    budget_bytes: int | None
-    """Of each domain; None: a share of what is free."""
-    block_bytes: int
-    """One block of one layer."""
-    max_blocks: int | None
-    """Upper limit beside the budget."""
 
 
 class Pipeline:
-    """One layout with its stages.
+    """Stages, and the layout in force.
 
-    ``start`` and ``stop`` may block for long and belong to one control thread; ``send`` and ``receive`` belong to the
-    thread that started last to use them (the engine's), and never block on a stage.
+    Methods under *control* may block and are called by one thread at a time (the engine's control side); those under
+    *data* belong to the engine thread and never block on a stage.
 
     Args:
         host: where stages run.
@@ -61,18 +46,22 @@ class Pipeline:
     ) -> None:
         self._host = host
         self._setup = setup
-        self._budget = budget
+        self.budget = budget
         self._on_lost = on_lost
         self._keys = keys
         self._folder = DomainFolder(setup.domain_key)
         self._inbox = ZmqInbox("router", folder=self._folder.path, node=host.node, keys=keys)
         self._stages: dict[str, StageHandle] = {}
-        self._outlets: dict[str, Outlet] = {}
+        self._endpoints: dict[str, Endpoint] = {}
         self._expected_ends: set[str] = set()
         self._lock = threading.Lock()
+        self._last_epoch = 0
+        self._routes: dict[int, dict[str, Outlet]] = {}
         self.epoch = 0
+        """Of the steps that are scheduled now."""
         self.layout: Layout | None = None
-        self.num_blocks = 0
+        self.budgets: dict[str, int] = {}
+        """Bytes by domain."""
 
     # ------------------------------------------------------------------ control
 
@@ -87,69 +76,139 @@ class Pipeline:
             EngineUnavailableError: a stage could not be started or was lost meanwhile.
         """
         for name in set(self._stages) - set(layout.stages):
-            self._end(name)
-        for name in layout.stages:
-            if name not in self._stages:
-                self._stages[name] = self._launch(name)
-        reports = self._gather({name: self._stages[name].report() for name in layout.stages}, _START_S)
+            self.end(name)
+        launches = {name: self.launch(name) for name in layout.stages}
+        reports = self._gather(launches, _START_S)
         # A stage adopted from an earlier Router has seen that one's epochs.
-        self.epoch = max(self.epoch, *(r.epoch for r in reports.values())) + 1
-        free = {r.domain: r.domain_free_bytes for r in reports.values()}
-        for report in reports.values():  # what adopted stages hold is theirs to keep
-            free[report.domain] += report.weights_bytes + report.overhead_bytes + report.kv_bytes
-        endpoints = [reports[name].endpoint for name in layout.stages]
-        assignments = self._assignments(layout, endpoints)
-        reports = self._gather({n: self._stages[n].configure(a) for n, a in assignments.items()}, _START_S)
-        self.num_blocks = self._count_blocks(layout, reports, free)
-        self._gather({n: self._stages[n].commit_kv(self.num_blocks) for n in layout.stages}, _START_S)
-        for outlet in self._outlets.values():
-            outlet.close()
-        self._outlets = {
-            name: ZmqOutlet(endpoint, node=self._host.node, keys=self._keys)
-            for name, endpoint in zip(layout.stages, endpoints, strict=True)
-        }
-        self.layout = layout
-        return self.num_blocks
+        self._last_epoch = max(self._last_epoch, *(r.epoch for r in reports.values()))
+        epoch = self.new_epoch()
+        self.budgets = domain_budgets(reports.values(), self.budget)
+        assignments = self.assignments(layout, epoch)
+        reports = self._gather(
+            {n: self._stages[n].prepare(a, num_blocks=0, fresh=True) for n, a in assignments.items()}, _START_S
+        )
+        num_blocks = count_blocks(layout, reports, budgets=self.budgets, budget=self.budget)
+        self._gather({n: self._stages[n].resize_kv(num_blocks) for n in layout.stages}, _START_S)
+        route = self.connect(layout)
+        for old in list(self._routes):
+            self.drop_route(old)
+        self.take_route(layout, epoch=epoch, route=route)
+        return num_blocks
 
     def stop(self) -> None:
         """End all stages and remove what they shared."""
         for name in list(self._stages):
-            self._end(name)
+            self.end(name)
         self.detach()
 
     def detach(self) -> None:
         """Let go of the stages without ending them."""
-        for outlet in self._outlets.values():
-            outlet.close()
-        self._outlets = {}
+        for epoch in list(self._routes):
+            self.drop_route(epoch)
         self._inbox.close()
         self._folder.close()
 
+    def launch(self, name: str) -> Future[StageReport]:
+        """Have a stage of that name: the one that is there, one left by an earlier Router, or a new one.
+
+        Ends when it answers.
+        """
+        with self._lock:
+            stage = self._stages.get(name)
+        if stage is None:
+            logger.info("starting stage %s", name)
+            stage = self._host.launch(replace(self._setup, name=name))
+            with self._lock:
+                self._stages[name] = stage
+            stage.watch().add_done_callback(self._end_watcher(name, stage))
+        report = stage.report()
+        report.add_done_callback(self._note_endpoint)
+        return report
+
+    def end(self, name: str) -> None:
+        """End a stage and everything it holds; unknown ones are ignored."""
+        with self._lock:
+            stage = self._stages.pop(name, None)
+            self._expected_ends.add(name)
+        if stage is not None:
+            stage.stop()
+        with self._lock:
+            self._expected_ends.discard(name)
+
     def forget(self, name: str) -> None:
-        """A stage is lost: the next ``start`` makes a new one of that name."""
-        self._stages.pop(name, None)
+        """A stage is lost: the next launch makes a new one of that name."""
+        with self._lock:
+            self._stages.pop(name, None)
+
+    def stage(self, name: str) -> StageHandle:
+        """Grip on a stage.
+
+        Raises:
+            EngineUnavailableError: it is lost.
+        """
+        with self._lock:
+            stage = self._stages.get(name)
+        if stage is None:
+            raise EngineUnavailableError(f"stage {name!r} is lost.")
+        return stage
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of all stages alive, also warm ones without layers."""
+        with self._lock:
+            return tuple(self._stages)
 
     @property
     def is_complete(self) -> bool:
         """Whether every stage of the layout in force is there, as far as is known."""
-        return self.layout is not None and self._stages.keys() >= set(self.layout.stages)
+        return self.layout is not None and set(self.stages) >= set(self.layout.stages)
 
-    def reports(self) -> list[StageReport]:
-        """The stages' states in pipeline order; also their sign of life from the Router.
+    def reports(self) -> dict[str, StageReport]:
+        """States of all stages alive; asking is also the Router's sign of life to them.
 
         Raises:
             EngineUnavailableError: a stage does not answer.
         """
-        layout = self.layout
-        if layout is None:
-            return []
-        futures = {name: self._stages[name].report() for name in layout.stages if name in self._stages}
-        return list(self._gather(futures, _REPORT_S).values())
+        with self._lock:
+            stages = dict(self._stages)
+        return self._gather({name: stage.report() for name, stage in stages.items()}, _REPORT_S)
 
-    def _launch(self, name: str) -> StageHandle:
-        logger.info("starting stage %s", name)
-        stage = self._host.launch(replace(self._setup, name=name))
+    def new_epoch(self) -> int:
+        """An epoch number never used before."""
+        self._last_epoch += 1
+        return self._last_epoch
 
+    def assignments(
+        self, layout: Layout, epoch: int, incoming: Mapping[str, tuple[Incoming, ...]] | None = None
+    ) -> dict[str, Assignment]:
+        """Each stage's part in ``layout``; the stages have been launched.
+
+        Args:
+            incoming: layers whose KV is copied to a stage, by stage.
+        """
+        nexts = [*(self._endpoints[name] for name in layout.stages[1:]), self._inbox.endpoint]
+        return {
+            part.stage: Assignment(
+                epoch=epoch,
+                start=part.start,
+                stop=part.stop,
+                is_first=i == 0,
+                is_last=i == layout.num_stages - 1,
+                next=nexts[i],
+                incoming=(incoming or {}).get(part.stage, ()),
+            )
+            for i, part in enumerate(layout.slices)
+        }
+
+    def endpoint(self, name: str) -> Endpoint:
+        """Where a launched stage listens."""
+        return self._endpoints[name]
+
+    def connect(self, layout: Layout) -> dict[str, Outlet]:
+        """Channels to every stage of ``layout``, for ``take_route``."""
+        return {name: ZmqOutlet(self._endpoints[name], node=self._host.node, keys=self._keys) for name in layout.stages}
+
+    def _end_watcher(self, name: str, stage: StageHandle) -> Callable[[Future[None]], None]:
         def ended(future: Future[None]) -> None:
             with self._lock:
                 expected = name in self._expected_ends or self._stages.get(name) is not stage
@@ -157,47 +216,12 @@ class Pipeline:
                 error = future.exception()
                 self._on_lost(name, str(error).splitlines()[0] if error else "it ended itself")
 
-        self._stages[name] = stage
-        stage.watch().add_done_callback(ended)
-        return stage
+        return ended
 
-    def _end(self, name: str) -> None:
-        with self._lock:
-            self._expected_ends.add(name)
-        self._stages.pop(name).stop()
-        with self._lock:
-            self._expected_ends.discard(name)
-
-    def _assignments(self, layout: Layout, endpoints: Sequence[Endpoint]) -> dict[str, Assignment]:
-        nexts = [*endpoints[1:], self._inbox.endpoint]
-        return {
-            part.stage: Assignment(
-                epoch=self.epoch,
-                start=part.start,
-                stop=part.stop,
-                is_first=i == 0,
-                is_last=i == layout.num_stages - 1,
-                next=nexts[i],
-            )
-            for i, part in enumerate(layout.slices)
-        }
-
-    def _count_blocks(self, layout: Layout, reports: Mapping[str, StageReport], free: Mapping[str, int]) -> int:
-        footprints = [
-            StageFootprint(
-                stage=name,
-                domain=reports[name].domain,
-                num_layers=reports[name].stop - reports[name].start,
-                weights_bytes=reports[name].weights_bytes,
-                overhead_bytes=reports[name].overhead_bytes,
-            )
-            for name in layout.stages
-        ]
-        budget = self._budget
-        share = CPU_SHARE if self._setup.device == "cpu" else GPU_SHARE
-        budgets = {domain: budget.budget_bytes or int(share * free[domain]) for domain in free}
-        blocks = max_blocks(footprints=footprints, budgets=budgets, block_bytes=budget.block_bytes)
-        return min(blocks, self._setup.max_blocks, budget.max_blocks or blocks)
+    def _note_endpoint(self, answer: Future[StageReport]) -> None:
+        if answer.exception() is None:
+            report = answer.result()
+            self._endpoints[report.name] = report.endpoint
 
     @staticmethod
     def _gather(futures: Mapping[str, Future[_T]], timeout_s: float) -> dict[str, _T]:
@@ -211,11 +235,26 @@ class Pipeline:
 
     # ------------------------------------------------------------------ data
 
+    def take_route(self, layout: Layout, *, epoch: int, route: Mapping[str, Outlet]) -> None:
+        """The layout in force from now on; the routes of older epochs stay until they are dropped."""
+        self._routes[epoch] = dict(route)
+        self.layout = layout
+        self.epoch = epoch
+
+    def drop_route(self, epoch: int) -> None:
+        """No step takes this epoch's route any more."""
+        for outlet in self._routes.pop(epoch, {}).values():
+            outlet.close()
+
     def send(self, batch: StepBatch) -> None:
-        """Send a step's metadata to every stage of the route at once; each can prepare early."""
+        """Send a step's metadata to every stage of its epoch's route at once; each can prepare early."""
         frames = batch.encode()
-        for outlet in self._outlets.values():
+        for outlet in self._routes[batch.header.epoch].values():
             outlet.send(frames)
+
+    def send_on_route(self, epoch: int, stage: str, frames: Sequence[Frame]) -> None:
+        """Send a message to one stage, in order with the steps of an epoch."""
+        self._routes[epoch][stage].send(frames)
 
     def receive(self, timeout_s: float) -> Sequence[Frame] | None:
         """The next message of the last stage; None after the time, or when woken."""

@@ -95,6 +95,13 @@ class StageReport:
     """Of those, patches."""
 
 
+def stage_domain(setup: StageSetup, *, name: str, node: str, device: str) -> str:
+    """The domain whose memory stage ``name`` takes: the node's, its device's, or one of its own."""
+    if device != "cpu":
+        return f"{node}/{device}"
+    return f"{node}/{name}" if setup.private_kv else node
+
+
 class StageHandle(Protocol):
     """The Router's grip on one stage. Futures fail when the stage is lost."""
 

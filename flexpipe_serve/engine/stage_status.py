@@ -1,0 +1,24 @@
+"""A stage in the status."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flexpipe_serve.pipeline.stage_types import StageReport
+
+
+def describe_stage(report: StageReport) -> dict[str, Any]:
+    """The stage's entry in ``GET /flexpipe/status``."""
+    return {
+        "name": report.name,
+        "node": report.node,
+        "pid": report.pid,
+        "device": report.device,
+        "layers": [report.start, report.stop],
+        "num_layers": report.stop - report.start,
+        "weights_bytes": report.weights_bytes,
+        "overhead_bytes": report.overhead_bytes,
+        "kv_bytes": report.kv_bytes,
+        "num_steps": report.num_steps,
+        "busy_seconds": round(report.busy_seconds, 3),
+    }

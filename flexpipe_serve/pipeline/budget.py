@@ -1,0 +1,74 @@
+"""How many KV blocks the stages' memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from flexpipe_serve.kv.capacity import StageFootprint, max_blocks
+from flexpipe_serve.pipeline.layout import Layout
+from flexpipe_serve.pipeline.stage_types import StageReport
+
+CPU_SHARE = 0.6
+"""Of the free memory of a node, taken where no budget is given."""
+GPU_SHARE = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVBudget:
+    """How the number of KV blocks follows from memory."""
+
+    budget_bytes: int | Mapping[str, int] | None
+    """Of each domain, or of those named (by domain, or by the one stage that is a domain of its own); None and those
+    not named: a share of what is free."""
+    block_bytes: int
+    """One block of one layer."""
+    max_blocks: int
+    """Upper limit beside the budget."""
+
+    def domain_bytes(self, report: StageReport, *, free_bytes: int) -> int:
+        """Budget of the domain of ``report``.
+
+        Args:
+            free_bytes: what would be free there without our stages.
+        """
+        given = self.budget_bytes
+        if isinstance(given, Mapping):
+            given = given.get(report.domain, given.get(report.name))
+        share = CPU_SHARE if report.device == "cpu" else GPU_SHARE
+        return given if given is not None else int(share * free_bytes)
+
+
+def domain_budgets(reports: Iterable[StageReport], budget: KVBudget) -> dict[str, int]:
+    """Bytes by domain, as things stand; what the stages already hold is theirs to keep."""
+    reports = list(reports)
+    free = {r.domain: r.domain_free_bytes for r in reports}
+    for report in reports:
+        free[report.domain] += report.weights_bytes + report.overhead_bytes + report.kv_bytes
+    return {r.domain: budget.domain_bytes(r, free_bytes=free[r.domain]) for r in reports}
+
+
+def count_blocks(
+    layout: Layout, reports: Mapping[str, StageReport], *, budgets: Mapping[str, int], budget: KVBudget
+) -> int:
+    """KV blocks that fit when the stages hold what their reports say and the KV of ``layout``.
+
+    Args:
+        reports: of all stages alive, by name; warm ones take memory too.
+
+    Raises:
+        ConfigError: not one block fits.
+    """
+    num_layers = {part.stage: part.stop - part.start for part in layout.slices}
+    footprints = [
+        StageFootprint(
+            stage=name,
+            domain=report.domain,
+            num_layers=num_layers.get(name, 0),
+            weights_bytes=report.weights_bytes,
+            overhead_bytes=report.overhead_bytes,
+        )
+        for name, report in reports.items()
+    ]
+    blocks = max_blocks(footprints=footprints, budgets=budgets, block_bytes=budget.block_bytes)
+    return min(blocks, budget.max_blocks)
