@@ -1,13 +1,13 @@
-"""Reads and writes rows of several layers' KV: whole blocks, or single tokens' keys and values.
+"""Reads and writes rows of several layers' KV: whole blocks, or the keys and values of single tokens.
 
-Rows are moved as bytes, so any dtype goes. On the CPU NumPy does it: it copies a row at the speed of memcpy (torch's
-index_select and index_copy_ take two to four times as long for rows of 768 bytes) and starts no threads.
+Rows are moved as bytes, so any dtype goes. On the CPU NumPy does it, through views made once: it copies a row at the
+speed of memcpy (torch's index_select and index_copy_ take two to four times as long for rows of 768 bytes) and
+starts no threads.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,66 +19,100 @@ from flexpipe_serve.pipeline.messages import Frame
 Int64 = npt.NDArray[np.int64]
 
 
-def row_bytes(kv: torch.Tensor, *, rows_per_block: int) -> int:
-    """Size of a row of one layer's segment, [num_blocks, ...], whose blocks are ``rows_per_block`` rows each."""
-    return math.prod(kv.shape[1:]) * kv.element_size() // rows_per_block
+class KVRows:
+    """Some layers' segments as rows, addressed alike in each.
 
-
-def gather(layers: Sequence[torch.Tensor], rows: Int64, *, rows_per_block: int) -> Frame:
-    """The bytes of ``rows`` of each of the ``layers``, in memory of its own: [num_layers, num_rows, row_bytes].
-
-    Args:
-        layers: segments of one shape, contiguous, on one device.
-        rows: at least one, all in range.
+    A row is a block; or with ``halves`` one token's keys or its values: [num_blocks * 2 * block_size] in a segment.
     """
-    if layers[0].device.type != "cpu":
-        return _gather_on_device(layers, rows, rows_per_block)
-    size = row_bytes(layers[0], rows_per_block=rows_per_block)
-    out = np.empty((len(layers), len(rows)), f"V{size}")
-    for layer, kv in zip(out, layers, strict=True):
-        _as_rows(kv, size).take(rows, out=layer, mode="clip")  # the default mode copies twice
-    return out.view(np.uint8).data.cast("B")
+
+    num_blocks: int
+    block_size: int
+    block_bytes: int
+    half_bytes: int
+
+    def __init__(self, segments: Mapping[int, torch.Tensor]) -> None:
+        """
+        Args:
+            segments: of each layer, [num_blocks, 2, block_size, num_kv_heads, head_dim], contiguous; of one shape,
+                dtype and device. They must not be resized as long as this is in use.
+        """
+        one = next(iter(segments.values()))
+        self.num_blocks, _, self.block_size, num_kv_heads, head_dim = one.shape
+        self.half_bytes = num_kv_heads * head_dim * one.element_size()
+        self.block_bytes = 2 * self.block_size * self.half_bytes
+
+    def gather(self, layers: Sequence[int], rows: Int64, *, halves: bool) -> Frame:
+        """The bytes of ``rows`` in memory of their own, [num_layers, num_rows, row]. There is at least one row."""
+        raise NotImplementedError
+
+    def scatter(self, layers: Sequence[int], rows: Int64, data: Frame, *, halves: bool) -> None:
+        """Write what :meth:`gather` read; ``data`` may lie at any address."""
+        raise NotImplementedError
+
+    def zero_blocks(self, layers: Sequence[int], blocks: Int64) -> None:
+        """Fill ``blocks`` with zeros."""
+        raise NotImplementedError
 
 
-def scatter(layers: Sequence[torch.Tensor], rows: Int64, data: Frame, *, rows_per_block: int) -> None:
-    """Write what :func:`gather` read; ``data`` may lie at any address."""
-    if layers[0].device.type != "cpu":
-        _scatter_on_device(layers, rows, data, rows_per_block)
-        return
-    size = row_bytes(layers[0], rows_per_block=rows_per_block)
-    values = np.frombuffer(data, f"V{size}").reshape(len(layers), len(rows))
-    for kv, layer in zip(layers, values, strict=True):
-        _as_rows(kv, size)[rows] = layer
+def kv_rows(segments: Mapping[int, torch.Tensor]) -> KVRows:
+    """The :class:`KVRows` for the device that the segments are on."""
+    on_cpu = next(iter(segments.values())).device.type == "cpu"
+    return HostRows(segments) if on_cpu else DeviceRows(segments)
 
 
-def zero_blocks(layers: Sequence[torch.Tensor], blocks: Int64) -> None:
-    """Fill ``blocks`` of every layer with zeros."""
-    if layers[0].device.type != "cpu":
-        indices = torch.from_numpy(blocks).to(layers[0].device)
-        for kv in layers:
-            kv.index_fill_(0, indices, 0)
-        return
-    size = row_bytes(layers[0], rows_per_block=1)
-    zero = np.zeros((), f"V{size}")
-    for kv in layers:
-        _as_rows(kv, size)[blocks] = zero
+class HostRows(KVRows):
+    """Segments in the CPU's memory."""
+
+    def __init__(self, segments: Mapping[int, torch.Tensor]) -> None:
+        super().__init__(segments)
+        flat = {layer: kv.view(torch.uint8).numpy().reshape(-1) for layer, kv in segments.items()}
+        self._blocks = {layer: data.view(f"V{self.block_bytes}") for layer, data in flat.items()}
+        self._halves = {layer: data.view(f"V{self.half_bytes}") for layer, data in flat.items()}
+
+    def gather(self, layers: Sequence[int], rows: Int64, *, halves: bool) -> Frame:
+        views = self._halves if halves else self._blocks
+        out = np.empty((len(layers), len(rows)), views[layers[0]].dtype)
+        for layer, part in zip(layers, out, strict=True):
+            views[layer].take(rows, out=part, mode="clip")  # the default mode copies twice
+        return out.view(np.uint8).data.cast("B")
+
+    def scatter(self, layers: Sequence[int], rows: Int64, data: Frame, *, halves: bool) -> None:
+        views = self._halves if halves else self._blocks
+        values: npt.NDArray[Any] = np.frombuffer(data, views[layers[0]].dtype).reshape(len(layers), len(rows))
+        for layer, part in zip(layers, values, strict=True):
+            views[layer][rows] = part
+
+    def zero_blocks(self, layers: Sequence[int], blocks: Int64) -> None:
+        zero = np.zeros(1, f"V{self.block_bytes}")
+        for layer in layers:
+            self._blocks[layer][blocks] = zero
 
 
-def _as_rows(kv: torch.Tensor, size: int) -> npt.NDArray[Any]:
-    return kv.view(torch.uint8).numpy().reshape(-1).view(f"V{size}")
+class DeviceRows(KVRows):
+    """Segments on any device, moved by torch."""
 
+    def __init__(self, segments: Mapping[int, torch.Tensor]) -> None:
+        super().__init__(segments)
+        self._segments = dict(segments)
+        self._device = next(iter(segments.values())).device
 
-def _gather_on_device(layers: Sequence[torch.Tensor], rows: Int64, rows_per_block: int) -> Frame:
-    indices = torch.from_numpy(rows).to(layers[0].device)
-    parts = [kv.view(len(kv) * rows_per_block, -1).index_select(0, indices) for kv in layers]
-    return torch.stack(parts).cpu().view(torch.uint8).numpy().data.cast("B")
+    def gather(self, layers: Sequence[int], rows: Int64, *, halves: bool) -> Frame:
+        indices = torch.from_numpy(rows).to(self._device)
+        parts = [self._view(layer, halves).index_select(0, indices) for layer in layers]
+        return torch.stack(parts).cpu().view(torch.uint8).numpy().data.cast("B")
 
+    def scatter(self, layers: Sequence[int], rows: Int64, data: Frame, *, halves: bool) -> None:
+        indices = torch.from_numpy(rows).to(self._device)
+        # As bytes until it is there: a tensor's elements must lie at multiples of their size.
+        values = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
+        values = values.view(self._segments[layers[0]].dtype).view(len(layers), len(rows), -1)
+        for layer, part in zip(layers, values, strict=True):
+            self._view(layer, halves).index_copy_(0, indices, part)
 
-def _scatter_on_device(layers: Sequence[torch.Tensor], rows: Int64, data: Frame, rows_per_block: int) -> None:
-    device = layers[0].device
-    indices = torch.from_numpy(rows).to(device)
-    # As bytes until it is there: a tensor's elements must lie at multiples of their size.
-    values = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device).view(layers[0].dtype)
-    values = values.view(len(layers), len(rows), -1)
-    for kv, layer in zip(layers, values, strict=True):
-        kv.view(len(kv) * rows_per_block, -1).index_copy_(0, indices, layer)
+    def zero_blocks(self, layers: Sequence[int], blocks: Int64) -> None:
+        indices = torch.from_numpy(blocks).to(self._device)
+        for layer in layers:
+            self._segments[layer].index_fill_(0, indices, 0)
+
+    def _view(self, layer: int, halves: bool) -> torch.Tensor:
+        return self._segments[layer].view(self.num_blocks * (2 * self.block_size if halves else 1), -1)

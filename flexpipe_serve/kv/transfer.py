@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from flexpipe_serve.errors import CopyError
-from flexpipe_serve.kv.rows import gather, row_bytes, scatter, zero_blocks
+from flexpipe_serve.kv.rows import kv_rows
 from flexpipe_serve.kv.transfer_plan import (
     Int32,
     Int64,
@@ -34,8 +34,8 @@ from flexpipe_serve.kv.transfer_plan import (
 from flexpipe_serve.pipeline.messages import CopyHeader, Frame, PatchAckHeader, PatchHeader, StepBatch, encode
 
 KVOfLayer = Callable[[int], torch.Tensor]
-"""A layer's committed KV, [num_blocks, 2, block_size, num_kv_heads, head_dim]; asked anew for every message. The
-number of blocks must not change during a copy."""
+"""A layer's committed KV, [num_blocks, 2, block_size, num_kv_heads, head_dim]. It is asked for once, at the beginning:
+the number of blocks never changes during a copy. Whoever holds a giver or a taker holds the memory."""
 
 
 class KVGiver:
@@ -65,18 +65,17 @@ class KVGiver:
         """The last snapshot message is made; steps still make patches."""
         self._layers = header.layers
         self._source = source
-        self._kv = kv
+        self._rows = kv_rows({layer: kv(layer) for layer in header.layers})
         self._last_step = last_step
         self._last_number = 0
-        segment = kv(header.layers[0])
-        num_blocks, _, self._block_size = segment.shape[:3]
+        num_blocks = self._rows.num_blocks
         if not ((blocks >= 0) & (blocks < num_blocks)).all():
             raise CopyError(
                 f"stage {source!r} was told to copy blocks {blocks.min()} to {blocks.max()}, but its segments have "
                 f"{num_blocks} blocks."
             )
         self._snapshot = Snapshot(
-            blocks, num_blocks=num_blocks, layers=header.layers, block_bytes=row_bytes(segment, rows_per_block=1)
+            blocks, num_blocks=num_blocks, layers=header.layers, block_bytes=self._rows.block_bytes
         )
         self._pace = Pace(max_bytes_per_s=header.max_bytes_per_s)
 
@@ -88,12 +87,10 @@ class KVGiver:
         places = np.empty(0, np.int64)
         if batch is not None:
             assert not batch.header.copies, "blocks are moved down before a copy begins, never during one"
-            written = places_of_new_tokens(
-                batch.num_computed, batch.num_new, batch.block_tables, block_size=self._block_size
-            )
-            places = self._snapshot.without_pending(written, block_size=self._block_size)
-        rows = rows_of_places(places, block_size=self._block_size)
-        return self._message(self._layers, places, rows, rows_per_block=2 * self._block_size)
+            block_size = self._rows.block_size
+            written = places_of_new_tokens(batch.num_computed, batch.num_new, batch.block_tables, block_size=block_size)
+            places = self._snapshot.without_pending(written, block_size=block_size)
+        return self._message(self._layers, places, is_snapshot=False)
 
     def next_chunk(self, now: float) -> list[Frame] | None:
         """The next snapshot message; None where :meth:`ready_at` is later than ``now`` or None."""
@@ -101,7 +98,7 @@ class KVGiver:
         if ready_at is None or ready_at > now:
             return None
         chunk = self._snapshot.take()
-        frames = self._message(chunk.layers, chunk.blocks, chunk.blocks.astype(np.int64), rows_per_block=1)
+        frames = self._message(chunk.layers, chunk.blocks, is_snapshot=True)
         self._pace.on_sent(self._last_number, num_bytes=sum(len(frame) for frame in frames), now=now)
         return frames
 
@@ -114,9 +111,7 @@ class KVGiver:
         """The target applied every message up to ``header.number``."""
         self._pace.on_ack(header.number)
 
-    def _message(
-        self, layers: tuple[int, ...], places: Int32 | Int64, rows: Int64, *, rows_per_block: int
-    ) -> list[Frame]:
+    def _message(self, layers: tuple[int, ...], places: Int64, *, is_snapshot: bool) -> list[Frame]:
         self._last_number += 1
         self.is_complete = self._snapshot.is_taken
         header = PatchHeader(
@@ -125,12 +120,13 @@ class KVGiver:
             number=self._last_number,
             through_step=self._last_step,
             layers=layers,
-            is_snapshot=rows_per_block == 1,
+            is_snapshot=is_snapshot,
             snapshot_complete=self.is_complete,
         )
         if not places.size:
             return encode(header, b"", b"")
-        kv = gather([self._kv(layer) for layer in layers], rows, rows_per_block=rows_per_block)
+        rows = places if is_snapshot else rows_of_places(places, block_size=self._rows.block_size)
+        kv = self._rows.gather(layers, rows, halves=not is_snapshot)
         return encode(header, places.astype(np.int32).data.cast("B"), kv)
 
 
@@ -159,7 +155,7 @@ class KVTaker:
         self.patch_bytes = 0
         self._target = target
         self._layers = frozenset(layers)
-        self._kv = kv
+        self._rows = kv_rows({layer: kv(layer) for layer in layers})
         self._last_number = 0
 
     def apply(self, header: PatchHeader, buffers: Sequence[Frame]) -> bool:
@@ -170,28 +166,14 @@ class KVTaker:
         """
         if header.number <= self._last_number:
             return False
-        if header.number > self._last_number + 1:
-            raise self._error(header, f"came after message {self._last_number}: one is missing")
-        if header.through_step < self.through_step:
-            raise self._error(header, f"goes through step {header.through_step}, after step {self.through_step}")
-        if not header.layers or not self._layers.issuperset(header.layers):
-            raise self._error(header, f"has layers {header.layers}, but {sorted(self._layers)} are to come")
-        layers = [self._kv(layer) for layer in header.layers]
-        num_blocks, _, block_size = layers[0].shape[:3]
-        rows_per_block = 1 if header.is_snapshot else 2 * block_size
-        places = self._places(header, buffers, num_blocks if header.is_snapshot else num_blocks * block_size)
-        rows = places if header.is_snapshot else rows_of_places(places, block_size=block_size)
-        num_bytes = len(buffers[1])
-        if num_bytes != len(layers) * len(rows) * row_bytes(layers[0], rows_per_block=rows_per_block):
-            raise self._error(header, f"has {num_bytes} bytes of KV for {len(places)} places in {len(layers)} layers")
-        if len(rows):
-            if not header.is_snapshot and (begun := begun_blocks(places, block_size=block_size)).size:
-                zero_blocks(layers, begun)
-            scatter(layers, rows, buffers[1], rows_per_block=rows_per_block)
+        self._check_order(header)
+        places = self._places(header, buffers)
         if header.is_snapshot:
-            self.snapshot_bytes += num_bytes
+            self.snapshot_bytes += len(buffers[1])
+            self._write(header.layers, places, buffers[1], halves=False)
         else:
-            self.patch_bytes += num_bytes
+            self.patch_bytes += len(buffers[1])
+            self._write(header.layers, places, buffers[1], halves=True)
         self._last_number = header.number
         self.through_step = header.through_step
         self.snapshot_complete |= header.snapshot_complete
@@ -205,14 +187,40 @@ class KVTaker:
         """The snapshot and the patches of every old step up to ``step`` are applied (0: the snapshot alone)."""
         return self.snapshot_complete and self.through_step >= step
 
-    def _places(self, header: PatchHeader, buffers: Sequence[Frame], limit: int) -> Int64:
+    def _check_order(self, header: PatchHeader) -> None:
+        if header.number > self._last_number + 1:
+            raise self._error(header, f"came after message {self._last_number}: one is missing")
+        if header.through_step < self.through_step:
+            raise self._error(header, f"goes through step {header.through_step}, after step {self.through_step}")
+
+    def _places(self, header: PatchHeader, buffers: Sequence[Frame]) -> Int64:
+        """The places, once it is sure that the message can be written."""
+        if not header.layers or not self._layers.issuperset(header.layers):
+            raise self._error(header, f"has layers {header.layers}, but {sorted(self._layers)} are to come")
         if len(buffers) != 2 or len(buffers[0]) % 4:
             raise self._error(header, f"has buffers of {[len(buffer) for buffer in buffers]} bytes")
+        if header.is_snapshot:
+            num_places, place_bytes = self._rows.num_blocks, self._rows.block_bytes
+        else:
+            num_places, place_bytes = self._rows.num_blocks * self._rows.block_size, 2 * self._rows.half_bytes
         places = np.frombuffer(buffers[0], np.int32).astype(np.int64)
-        in_order = np.sort(places)
-        if places.size and (in_order[0] < 0 or in_order[-1] >= limit or (np.diff(in_order) == 0).any()):
-            raise self._error(header, f"has places that are not distinct or not within 0 to {limit - 1}")
+        if places.size and (places.min() < 0 or places.max() >= num_places):
+            raise self._error(header, f"has places that are not within 0 to {num_places - 1}")
+        num_layers, num_bytes = len(header.layers), len(buffers[1])
+        if num_bytes != num_layers * places.size * place_bytes:
+            raise self._error(header, f"has {num_bytes} bytes of KV for {places.size} places in {num_layers} layers")
         return places
+
+    def _write(self, layers: tuple[int, ...], places: Int64, kv: Frame, *, halves: bool) -> None:
+        if not places.size:
+            return
+        rows = places
+        if halves:
+            rows = rows_of_places(places, block_size=self._rows.block_size)
+            begun = begun_blocks(places, block_size=self._rows.block_size)
+            if begun.size:
+                self._rows.zero_blocks(layers, begun)
+        self._rows.scatter(layers, rows, kv, halves=halves)
 
     def _error(self, header: PatchHeader, what: str) -> CopyError:
         return CopyError(f"KV from stage {self.source!r} for epoch {self.epoch}: message {header.number} {what}.")

@@ -23,7 +23,7 @@ class Chunk:
     """One piece of a snapshot."""
 
     layers: tuple[int, ...]
-    blocks: Int32
+    blocks: Int64
 
 
 class Snapshot:
@@ -42,7 +42,7 @@ class Snapshot:
             layers: at least one.
             block_bytes: size of one block of one layer.
         """
-        self._blocks = np.unique(blocks)
+        self._blocks = np.unique(blocks).astype(np.int64)
         self._layers = layers
         self._pending = np.zeros(num_blocks, bool)
         self._pending[self._blocks] = True

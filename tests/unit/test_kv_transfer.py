@@ -176,7 +176,6 @@ PLACES = np.array([4, 9], np.int32).tobytes()
         ({"is_snapshot": True}, [PLACES, bytes(4 * KV_BYTES)], "not within 0 to 7"),
         ({}, [np.array([4, 32], np.int32).tobytes(), bytes(KV_BYTES)], "not within 0 to 31"),
         ({}, [np.array([-1, 4], np.int32).tobytes(), bytes(KV_BYTES)], "not within 0 to 31"),
-        ({}, [np.array([4, 4], np.int32).tobytes(), bytes(KV_BYTES)], "not distinct"),
         ({"layers": (3, 5)}, [PLACES, bytes(KV_BYTES)], r"has layers \(3, 5\), but \[3, 4, 7\] are to come"),
         ({"layers": ()}, [b"", b""], r"has layers \(\)"),
         ({"through_step": -1}, [PLACES, bytes(KV_BYTES)], "through step -1, after step 0"),
