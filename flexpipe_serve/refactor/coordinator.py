@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from flexpipe_serve.engine.step_loop import StepLoop
+from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.pipeline.channel import Outlet
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.messages import CopyHeader, encode
 from flexpipe_serve.pipeline.pipeline import Pipeline
-from flexpipe_serve.pipeline.stage_types import Incoming
+from flexpipe_serve.pipeline.stage_types import Incoming, StageReport
 from flexpipe_serve.refactor.commands import (
     BeginCopy,
     CancelRequested,
@@ -47,7 +49,7 @@ from flexpipe_serve.refactor.commands import (
     WaitCopied,
 )
 from flexpipe_serve.refactor.protocol import Refactoring, Transition
-from flexpipe_serve.refactor.record import PhaseTime, RefactorRecord
+from flexpipe_serve.refactor.record import Phase, PhaseTime, RefactorRecord
 
 logger = logging.getLogger(__name__)
 _ANSWER_S = 60.0
@@ -89,7 +91,12 @@ class Coordinator:
         self._rebuild = rebuild
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._deadlines: dict[Command, float] = {}
+        self._num_issued = 0
+        """Commands of the present phase."""
+        self._num_answered = 0
         self._route: dict[str, Outlet] | None = None
+        self._copied: dict[str, StageReport] = {}
+        """What targets say of their copies."""
         self._started = time.monotonic()
         self._phase_since = 0.0
 
@@ -110,9 +117,10 @@ class Coordinator:
         finish = self._carry_out(self._machine.start())
         while finish is None:
             event = self._next_event()
-            if event is not None:
+            if event is None:
+                self._update_record()
+            else:
                 finish = self._carry_out(self._machine.handle(event))
-            self._update_record()
         self._drop_route_of_the_loser()
         self._close_record(finish)
         return finish
@@ -130,13 +138,31 @@ class Coordinator:
         try:
             return self._events.get(timeout=_POLL_S)
         except queue.Empty:
+            self._ask_for_progress()
             return None
 
+    def _ask_for_progress(self) -> None:
+        """While KV is copied, let its targets say how far they are."""
+        if self._machine.phase is not Phase.COPY:
+            return
+        for stage in {move.target for move in self._transition.copies}:
+            self._ask_how_much_is_copied(stage)
+
+    def _ask_how_much_is_copied(self, stage: str) -> None:
+        with contextlib.suppress(EngineUnavailableError):
+            self._pipeline.stage(stage).report().add_done_callback(partial(self._note_copied, stage))
+
+    def _note_copied(self, stage: str, answer: Future[StageReport]) -> None:
+        if answer.exception() is None:
+            self._copied[stage] = answer.result()
+
     def _carry_out(self, commands: Collection[Command]) -> Finish | None:
+        self._update_record()
         for command in commands:
             if isinstance(command, Finish):
                 return command
             logger.debug("refactoring %s: %s", self.record.id, command)
+            self._num_issued += 1
             self._deadlines[command] = time.monotonic() + self._time_limit(command)
             try:
                 answer = self._issue(command)
@@ -148,6 +174,7 @@ class Coordinator:
 
     def _on_answer(self, command: Command, answer: Future[Any]) -> None:
         self._deadlines.pop(command, None)
+        self._num_answered += 1
         error = answer.exception()
         if error is not None:
             self._events.put(Failed(command, _text(error)))
@@ -156,6 +183,8 @@ class Coordinator:
         elif isinstance(command, Drain):
             self._events.put(Drained(answer.result()))
         else:
+            if isinstance(command, WaitCopied):
+                self._ask_how_much_is_copied(command.stage)
             self._events.put(Done(command))
 
     def _time_limit(self, command: Command) -> float:
@@ -302,13 +331,26 @@ class Coordinator:
         if machine.phase is not record.phase:
             self._note_phase(now)
             record.phase = machine.phase
+            self._num_issued = self._num_answered = 0
         record.seconds = now
         record.switch_step = machine.switch_step
         record.error = machine.error
+        reports = list(self._copied.values())
+        record.patch_bytes = sum(report.patch_bytes for report in reports)
+        record.snapshot_bytes = sum(report.copied_bytes for report in reports) - record.patch_bytes
+        record.num_rounds = int(record.snapshot_bytes > 0)
+        record.progress = self._progress()
         holds = self._loop.holds
         record.stop_seconds = holds.total_seconds
         record.longest_hold_seconds = holds.longest_seconds
         record.num_tokens_meanwhile = holds.num_tokens
+
+    def _progress(self) -> float:
+        """Of the phase: the share of its bytes that was copied, or of its commands that were answered."""
+        record = self.record
+        if self._machine.phase is Phase.COPY and record.plan.kv_bytes:
+            return min(1.0, record.snapshot_bytes / record.plan.kv_bytes)
+        return self._num_answered / self._num_issued if self._num_issued else 0.0
 
     def _note_phase(self, now: float) -> None:
         record = self.record

@@ -194,7 +194,13 @@ class RefactorManager:
         scheduler = self._loop.scheduler
         demand = self._loop.call(lambda: _demand(scheduler)).result()
         reports = self._pipeline.reports()
-        budgets = dict(self._pipeline.budgets)
+        budgets = self._pipeline.budgets
+        for report in reports.values():
+            if report.domain not in budgets:
+                held = report.weights_bytes + report.overhead_bytes + report.kv_bytes
+                free = report.domain_free_bytes + held
+                budgets[report.domain] = self._pipeline.budget.domain_bytes(report, free_bytes=free)
+        budgets = dict(budgets)
         stages = {
             name: StageMemory(domain=r.domain, weights_bytes=r.weights_bytes, overhead_bytes=r.overhead_bytes)
             for name, r in reports.items()
