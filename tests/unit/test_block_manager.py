@@ -7,7 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from flexpipe_serve.kv.block_manager import BlockManager
+from flexpipe_serve.errors import RefactorRefusedError
+from flexpipe_serve.kv.block_manager import BlockManager, Moves
 from flexpipe_serve.kv.int_vector import Int32Vector
 
 
@@ -192,6 +193,7 @@ class BlockManagerHistories(RuleBasedStateMachine):
         self.live: list[tuple[Int32Vector, Int32Vector]] = []
         self.prefix_in: dict[int, list[int]] = {}
         """Block -> all tokens up to its end."""
+        self.unfinished: list[Moves] = []
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=10), num_reserved=st.integers(0, 2))
     def admit(self, tokens: list[int], num_reserved: int) -> None:
@@ -210,6 +212,8 @@ class BlockManagerHistories(RuleBasedStateMachine):
         held = {block for _, other in self.live for block in other.view().tolist()}
         for index in range(len(cached), len(table)):
             assert table[index] not in held
+            assert table[index] < manager.num_blocks
+            assert table[index] not in self.moved_from()
             self.prefix_in[table[index]] = tokens[: (index + 1) * size]
         manager.publish(table, vector, start=len(cached) * size, stop=len(tokens))
         self.live.append((vector, table))
@@ -220,11 +224,57 @@ class BlockManagerHistories(RuleBasedStateMachine):
         _, table = self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
         self.manager.release(table)
 
+    @rule(surplus=st.integers(-2, 6))
+    def shrink(self, surplus: int) -> None:
+        manager = self.manager
+        before = self.state()
+        num_blocks = min(max(1, manager.num_used + surplus), manager.num_blocks)
+        num_withheld = sum(1 for block in self.moved_from() if block < num_blocks)
+        if manager.num_used + num_withheld > num_blocks:
+            with pytest.raises(RefactorRefusedError):
+                manager.shrink(num_blocks)
+            assert self.state() == before
+        else:
+            manager.shrink(num_blocks)
+            assert (manager.num_blocks, manager.num_used) == (num_blocks, before[3])
+
+    @rule(max_moves=st.integers(1, 3))
+    def take_moves(self, max_moves: int) -> None:
+        moves = self.manager.take_moves([table for _, table in self.live], max_moves=max_moves)
+        assert len(moves) <= max_moves
+        self.unfinished.append(moves)
+        for source, target in moves:
+            assert source >= self.manager.num_blocks > target
+            self.prefix_in[target] = self.prefix_in.pop(source)
+
+    @precondition(lambda self: self.unfinished)
+    @rule(data=st.data())
+    def finish_moves(self, data: st.DataObject) -> None:
+        self.manager.finish_moves(self.unfinished.pop(data.draw(st.integers(0, len(self.unfinished) - 1))))
+
+    @rule(num_more=st.integers(0, 8))
+    def grow(self, num_more: int) -> None:
+        before = self.state()
+        self.manager.grow(self.manager.num_blocks + num_more)
+        assert self.state()[2:] == before[2:]
+
+    def state(self) -> tuple[int, int, int, int, list[int]]:
+        manager = self.manager
+        return manager.num_blocks, manager.num_free, manager.num_cached, manager.num_used, manager.in_use().tolist()
+
+    def moved_from(self) -> set[int]:
+        return {source for moves in self.unfinished for source, _ in moves}
+
     @invariant()
     def integrity(self) -> None:
         if not hasattr(self, "manager"):
             return
-        self.manager.check_integrity([table for _, table in self.live])
+        unfinished = tuple(move for moves in self.unfinished for move in moves)
+        self.manager.check_integrity((table for _, table in self.live), unfinished)
+        in_use = self.manager.in_use().tolist()
+        assert len(in_use) == self.manager.num_used + self.manager.num_cached
+        if self.manager.is_shrunk:
+            assert all(block < self.manager.num_blocks for block in in_use)
         for tokens, table in self.live:
             for index in range(len(table)):
                 expected = tokens.view().tolist()[: (index + 1) * self.manager.block_size]
