@@ -10,7 +10,7 @@ from flexpipe_serve import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. Returns the exit status."""
-    from flexpipe_serve import launch
+    from flexpipe_serve import cli_admin, launch
     from flexpipe_serve.bench import serve as bench_serve
 
     parser = argparse.ArgumentParser(prog="flexpipe", description="Serve a model through a live pipeline.")
@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve = commands.add_parser("serve", help="start Ray, Serve and the application; Ctrl-C ends all of it")
     launch.add_arguments(serve)
     serve.set_defaults(run=launch.main)
+    cli_admin.add_commands(commands)
     bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
     load = bench.add_parser("serve", help="load on one or several OpenAI endpoints")
     bench_serve.add_arguments(load)

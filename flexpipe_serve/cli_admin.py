@@ -1,0 +1,113 @@
+"""``flexpipe status``, ``flexpipe events`` and ``flexpipe refactor``: a running server from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.markup import escape
+
+from flexpipe_serve.cli_views import RefactorProgress, events_table, plan_view, status_view, summary_view
+from flexpipe_serve.errors import (
+    ConfigError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    RefactorBusyError,
+    RefactorRefusedError,
+)
+from flexpipe_serve.handle import Handle, RefactorJob, connect
+from flexpipe_serve.refactor.record import Mode, Outcome, RefactorRecord
+
+_EXPECTED = (ConfigError, EngineUnavailableError, InvalidRequestError, RefactorBusyError, RefactorRefusedError)
+_PLAIN_WIDTH = 200
+"""Of tables that go to a file or a pipe."""
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommands to the parser of ``flexpipe``."""
+    server = argparse.ArgumentParser(add_help=False)
+    server.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
+    server.add_argument(
+        "--api-key", default=os.environ.get("FLEXPIPE_API_KEY"), help="if it wants one (default: $FLEXPIPE_API_KEY)"
+    )
+    status = commands.add_parser("status", parents=[server], help="the pipeline: stages, memory, queue")
+    status.add_argument("--json", action="store_true", help="as the server gives it")
+    status.set_defaults(run=_with_handle(_status))
+    events = commands.add_parser("events", parents=[server], help="what happened to the pipeline lately")
+    events.set_defaults(run=_with_handle(_events))
+    refactor = commands.add_parser("refactor", parents=[server], help="change the pipeline's split while it serves")
+    split = refactor.add_mutually_exclusive_group(required=True)
+    split.add_argument("--stages", type=int, help="number of stages, with layers split evenly")
+    split.add_argument("--boundaries", type=_boundaries, help="first layer of each later stage, such as 10,20")
+    refactor.add_argument(
+        "--mode", choices=[mode.value for mode in Mode], default="live", help="what goes on meanwhile (default: all)"
+    )
+    refactor.add_argument("--dry-run", action="store_true", help="only say what would be done, and whether it fits")
+    refactor.add_argument("--no-wait", action="store_true", help="return when it has started")
+    refactor.set_defaults(run=_with_handle(_refactor))
+
+
+def _boundaries(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 10,20") from None
+
+
+def _with_handle(command: Callable[[argparse.Namespace, Handle, Console], int]) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=_PLAIN_WIDTH)
+        try:
+            with connect(args.url, api_key=args.api_key) as handle:
+                return command(args, handle, console)
+        except _EXPECTED as error:
+            Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}")
+            return 1
+
+    return run
+
+
+def _status(args: argparse.Namespace, handle: Handle, console: Console) -> int:
+    status = handle.status()
+    if args.json:
+        print(json.dumps(status, indent=2))
+    else:
+        console.print(status_view(status))
+    return 0
+
+
+def _events(args: argparse.Namespace, handle: Handle, console: Console) -> int:
+    console.print(events_table(handle.events()))
+    return 0
+
+
+def _refactor(args: argparse.Namespace, handle: Handle, console: Console) -> int:
+    job = handle.refactor(stages=args.stages, boundaries=args.boundaries, mode=args.mode, dry_run=args.dry_run)
+    console.print(plan_view(job.plan))
+    if args.dry_run:
+        return 0 if job.plan.verdict != "refused" else 1
+    if args.no_wait:
+        console.print(f"refactoring {job.id} has started; {args.url}/flexpipe/refactor/{job.id} has its record")
+        return 0
+    record = _follow(job, console)
+    console.print(summary_view(record))
+    return 0 if record.outcome in (Outcome.DONE, Outcome.RECOVERED) else 1
+
+
+def _follow(job: RefactorJob, console: Console) -> RefactorRecord:
+    """Show its progress. The first Ctrl-C asks the server to stop it, the second one leaves it alone."""
+    with RefactorProgress(console) as progress:
+        try:
+            return job.wait(on_progress=progress.update)
+        except KeyboardInterrupt:
+            job.cancel()
+            console.print(
+                f"[yellow]asked the server to cancel {job.id}[/yellow]; after the switch that is without effect."
+                " Ctrl-C again: leave without waiting."
+            )
+            return job.wait(on_progress=progress.update)

@@ -1,0 +1,262 @@
+"""``flexpipe status``, ``events`` and ``refactor`` against a real HTTP server over the fake engine."""
+
+import io
+import json
+
+import pytest
+from fake_engine import FakeEngine
+from http_server import serve
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from flexpipe_serve import async_handle, cli_views
+from flexpipe_serve.cli import main
+from flexpipe_serve.cli_views import RefactorProgress, layer_ranges, seconds, size
+from flexpipe_serve.deployments.api import create_app
+from flexpipe_serve.errors import EngineUnavailableError
+from flexpipe_serve.refactor.record import Mode, Phase, RefactorRequest
+
+STATUS = {
+    "model": "fake/model",
+    "state": "serving",
+    "reason": None,
+    "config_error": "stages is 99.",
+    "epoch": 7,
+    "stages": [
+        {
+            "name": "stage-0",
+            "node": "a" * 56,
+            "pid": 4711,
+            "device": "cpu",
+            "layers": [0, 15],
+            "weights_bytes": 311 << 20,
+            "kv_bytes": 3 << 29,
+            "overhead_bytes": 0,
+            "num_steps": 24,
+        }
+    ],
+    "kv": {"num_used_blocks": 5, "num_blocks": 20, "use": 0.25, "num_cached_blocks": 2, "max_tokens": 320},
+    "queue": {"num_running": 3, "num_waiting": 1, "num_steps_in_flight": 2, "num_preemptions": 0},
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_pause_between_looks(monkeypatch):
+    monkeypatch.setattr(async_handle, "_POLL_S", 0.0)
+
+
+@pytest.fixture
+def url(engine):
+    with serve(create_app(lambda: engine)) as url:
+        yield url
+
+
+@pytest.fixture
+def run(url, capsys):
+    """Runs a command; gives its exit status, stdout and stderr."""
+
+    def run(*args):
+        status = main([*args, "--url", url])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_status(run, engine, monkeypatch):
+    monkeypatch.setattr(engine, "status", lambda: STATUS)
+    status, out, _ = run("status")
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0] == "fake/model  serving  epoch 7"
+    assert lines[1] == "config error: stages is 99."
+    stage = "stage-0 aaaaaaaa… 4711 cpu 0-14 311 MiB 1.5 GiB 0 B 24"
+    assert lines[3].split() == stage.split()
+        "stage-0",
+        "aaaaaaaa…",
+        "4711",
+        "cpu",
+        "0-14",
+        "311",
+        "MiB",
+        "1.5",
+        "GiB",
+        "0",
+        "B",
+        "24",
+    ]
+    assert "5 of 20 blocks used (25.0%), 2 cached; room for 320 tokens" in out
+    assert "3 running, 1 waiting, 2 steps in flight, 0 preemptions" in out
+    assert "\x1b" not in out
+    assert json.loads(run("status", "--json")[1]) == STATUS
+
+
+def test_refactor(run, engine):
+    status, out, err = run("refactor", "--stages", "3")
+    assert (status, err) == (0, "")
+    (request,) = engine.requests
+    assert (request.stages, request.boundaries, request.mode, request.dry_run) == (3, None, Mode.LIVE, False)
+    assert "0-14 | 15-29  →  0-9 | 10-19 | 20-29" in out
+    printed = [line.split()[0] for line in out.splitlines() if line.endswith(" 500.0 ms")]
+    assert [phase for phase in printed if phase in list(Phase)] == list(Phase)[1:]
+    assert "done r-1 (live) after 2.50 s" in out
+    assert "15 in 2 moves" in out
+    assert "20.0 MiB snapshot, 1.0 MiB patches" in out
+    assert "0.6 ms in all, 0.4 ms the longest step" in out
+    assert "4281 → 4100 blocks" in out
+    assert "\x1b" not in out
+
+
+def test_boundaries_and_mode(run, engine):
+    assert run("refactor", "--boundaries", "5,20", "--mode", "sync")[0] == 0
+    assert (engine.requests[0].boundaries, engine.requests[0].mode) == ((5, 20), Mode.SYNC)
+
+
+def test_dry_run(run, engine):
+    status, out, _ = run("refactor", "--stages", "3", "--dry-run")
+    assert status == 0
+    assert "fits: node-a needs 2.1 of 4.0 GiB." in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["10-14", "stage-0", "stage-1", "shared,", "nothing", "to", "copy"] in rows
+    assert ["20-29", "stage-1", "stage-2", "copied"] in rows
+    assert ["node-a", "700", "MiB", "900", "MiB", "560", "MiB", "2.1", "GiB", "4.0", "GiB"] in rows
+    assert "140 MiB of weights to load, 20.0 MiB of KV to copy; KV blocks 4281 → 4000 → 4100" in out
+    assert "starts stage-2" in out
+    status, out, _ = run("refactor", "--stages", "11", "--dry-run")
+    assert status == 1
+    assert "refused: node-a needs 5.0 GiB" in out
+    assert engine.refactorings() == []
+
+
+def test_no_wait(run, engine, url):
+    status, out, _ = run("refactor", "--stages", "3", "--no-wait")
+    assert status == 0
+    assert f"refactoring r-1 has started; {url}/flexpipe/refactor/r-1 has its record" in out
+    assert not engine.refactorings()[0].is_over
+
+
+def test_ctrl_c_cancels(run, engine, monkeypatch):
+    engine.hold_at = Phase.COPY
+    update, num_updates = RefactorProgress.update, 0
+
+    def interrupted(self, record):
+        nonlocal num_updates
+        num_updates += 1
+        update(self, record)
+        if num_updates == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RefactorProgress, "update", interrupted)
+    status, out, _ = run("refactor", "--stages", "3")
+    assert status == 1
+    assert "asked the server to cancel r-1" in out
+    assert "aborted r-1 (live)" in out
+    assert "why: it was cancelled." in out
+
+
+@pytest.mark.parametrize(
+    ("raised", "args", "message"),
+    [
+        (None, ("refactor", "--stages", "11"), "error: node-a needs 5.0 GiB, its budget is 4.0 GiB."),
+        (None, ("refactor", "--stages", "0"), "error: stages is 0; it must be at least 1."),
+        (EngineUnavailableError("[Starting]."), ("refactor", "--stages", "3"), "error: [Starting]."),
+    ],
+)
+def test_what_is_refused(run, engine, raised, args, message):
+    engine.refuse_refactor_with = raised
+    status, out, err = run(*args)
+    assert (status, out, err.strip()) == (1, "", message)
+
+
+def test_busy(run):
+    run("refactor", "--stages", "3", "--no-wait")
+    status, _, err = run("refactor", "--stages", "2")
+    assert status == 1
+    assert "r-1 is running" in err
+
+
+def test_nobody_answers(capsys):
+    assert main(["status", "--url", "http://127.0.0.1:9"]) == 1
+    assert "http://127.0.0.1:9 does not answer" in capsys.readouterr().err
+
+
+def test_an_api_key(engine, capsys, monkeypatch):
+    monkeypatch.setattr(engine, "status", lambda: STATUS)
+    with serve(create_app(lambda: engine, api_keys=("key",))) as url:
+        assert main(["status", "--url", url]) == 1
+        assert "API key" in capsys.readouterr().err
+        assert main(["status", "--url", url, "--api-key", "key"]) == 0
+        monkeypatch.setenv("FLEXPIPE_API_KEY", "key")
+        assert main(["status", "--url", url]) == 0
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("refactor",), ("refactor", "--stages", "2", "--boundaries", "3"), ("refactor", "--boundaries", "a,b")],
+)
+def test_wrong_arguments(args, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(args)
+    assert raised.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_events(run):
+    run("refactor", "--stages", "3", "--no-wait")
+    status, out, _ = run("events")
+    assert status == 0
+    assert [line.split()[2:] for line in out.splitlines()[1:]] == [
+        ["started", "2", "stages."],
+        ["refactoring", "started", "r-1."],
+    ]
+
+
+async def test_bars_on_a_terminal():
+    engine = FakeEngine()
+    record = await engine.refactor(RefactorRequest(stages=3))
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, _environ={})
+    with RefactorProgress(console) as progress:
+        while record.phase is not Phase.MIRROR:
+            record = engine.refactoring("r-1")
+        record.phases = [time for time in record.phases if time.phase is not Phase.COPY]  # within one domain
+        progress.update(record)
+        rows = {task.description: task for task in progress._progress.tasks}
+        states = {name: (task.completed, task.fields["state"]) for name, task in rows.items()}
+    assert states == {
+        "prepare": (1.0, "500.0 ms"),
+        "copy": (0.0, "not needed"),
+        "mirror": (0.5, "50%"),
+        "switch": (0.0, ""),
+        "retire": (0.0, ""),
+    }
+    assert "━" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (311 << 20, "311 MiB"),
+        (3 << 29, "1.5 GiB"),
+        (5 << 40, "5120 GiB"),
+    ],
+)
+def test_sizes(num_bytes, text):
+    assert size(num_bytes) == text
+
+
+def test_times():
+    assert [seconds(value) for value in (0.0004, 0.25, 1.0, 62.5)] == ["0.4 ms", "250.0 ms", "1.00 s", "62.50 s"]
+
+
+@given(st.sets(st.integers(0, 60)).map(sorted))
+def test_layer_ranges_name_each_layer_once(layers):
+    named = []
+    for part in filter(None, layer_ranges(layers).split(", ")):
+        first, _, last = part.partition("-")
+        named += range(int(first), int(last or first) + 1)
+    assert named == layers
+    assert cli_views.layer_ranges([3, 4, 5, 9]) == "3-5, 9"
