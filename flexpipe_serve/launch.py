@@ -160,5 +160,7 @@ def _first_request(base_url: str, model: str) -> str:
         f"  curl -N {base_url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f'    -d \'{{"model": "{model}", "stream": true, "max_tokens": 100,'
         ' "messages": [{"role": "user", "content": "Why is the sky blue?"}]}\'\n\n'
-        f"  curl {base_url}/flexpipe/status\n"
+        f"  flexpipe status --url {base_url}\n"
+        f"  flexpipe refactor --stages 3 --url {base_url}\n\n"
+        f'from Python: flexpipe_serve.connect("{base_url}"), or through Ray: flexpipe_serve.connect()\n'
     )

@@ -16,10 +16,12 @@ from collections.abc import Iterator
 import psutil
 
 from flexpipe_serve.kv.domain import sweep_stale
+from flexpipe_serve.local_clusters import FOLDER_PREFIX, note_address
 
 _FAST_PROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # the line before would keep errors back until 1,000 have come
     # Else a replica that stops waits 30 s for proxies on other machines to notice; there are none.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
 }
@@ -55,7 +57,7 @@ def cluster_folder() -> Iterator[str]:
     Not Ray's default folder: another Ray on this machine would no more be found by the links in it, and the
     proxy's control socket would be open to every user.
     """
-    folder = tempfile.mkdtemp(prefix=f"flexpipe-{os.getuid()}-")
+    folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX)
     try:
         ours = _FAST_PROXY | _QUIET
         ours |= {name: str(port) for name, port in zip(_PROXY_PORTS, _free_ports(len(_PROXY_PORTS)), strict=True)}
@@ -83,6 +85,7 @@ def running_cluster(folder: str) -> Iterator[str]:
             logging_level="error",
             _temp_dir=folder,
         )
+        note_address(folder, context.address_info["gcs_address"])
         _interrupt_on_signals()  # again: Ray took the signals for itself
         yield f"http://{context.dashboard_url}"
     finally:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
+import os
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
 
 from flexpipe_serve.errors import ConfigError, EngineUnavailableError
+from flexpipe_serve.local_clusters import running_addresses
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -103,21 +105,14 @@ def connect_to_app(app: str | None, *, address: str | None) -> DeploymentHandle[
 
     Raises:
         EngineUnavailableError: there is no cluster, or it serves nothing.
-        ConfigError: there is no such application, or several to choose from.
+        ConfigError: there is no such application, or several to choose from; or several clusters.
     """
     import ray
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
     if not ray.is_initialized():
-        try:
-            with contextlib.redirect_stdout(None):
-                ray.init(address=address or "auto", log_to_driver=False, logging_level="error")
-        except ConnectionError as error:
-            raise EngineUnavailableError(
-                f"There is no Ray cluster to connect to ({error}). Set RAY_ADDRESS, or connect to a URL such as"
-                " 'http://127.0.0.1:8000'."
-            ) from None
+        _join_cluster(address or os.environ.get("RAY_ADDRESS"))
     try:
         applications = serve.status().applications
     except RayServeException as error:
@@ -129,3 +124,24 @@ def connect_to_app(app: str | None, *, address: str | None) -> DeploymentHandle[
         wanted = "Name one" if app is None else f"There is no application {app!r}"
         raise ConfigError(f"{wanted}; the cluster serves {', '.join(map(repr, ours)) or 'none of flexpipe-serve'}.")
     return serve.get_app_handle(app)
+
+
+def _join_cluster(address: str | None) -> None:
+    import ray
+
+    private = running_addresses()
+    if address is None and len(private) > 1:
+        raise ConfigError(f"flexpipe serve runs several times here; give one of its addresses: {', '.join(private)}.")
+    if address is None and private:
+        (address,) = private
+    if address in private:
+        # As the cluster has it; else its answers would be refused here, and wait forever.
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level="error")
+    except ConnectionError as error:
+        raise EngineUnavailableError(
+            f"There is no Ray cluster to connect to: {error} Start one with 'flexpipe serve', set RAY_ADDRESS, or"
+            " connect to a URL such as 'http://127.0.0.1:8000'."
+        ) from None
