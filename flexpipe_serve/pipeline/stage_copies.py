@@ -51,6 +51,8 @@ class StageCopies:
         """By new epoch and target."""
         self._taking: dict[int, dict[str, _Taking]] = {}
         """By new epoch and source."""
+        self._num_bytes: dict[int, tuple[int, int]] = {}
+        """Of copies that are over."""
         self._changed = threading.Condition()
 
     # ------------------------------------------------------------------ taking
@@ -116,7 +118,8 @@ class StageCopies:
         """Bytes of snapshots and of patches taken for ``epoch``."""
         with self._changed:
             takers = [copy.taker for copy in self._taking.get(epoch, {}).values()]
-        return sum(t.snapshot_bytes for t in takers), sum(t.patch_bytes for t in takers)
+            snapshots, patches = self._num_bytes.get(epoch, (0, 0))
+        return snapshots + sum(t.snapshot_bytes for t in takers), patches + sum(t.patch_bytes for t in takers)
 
     # ------------------------------------------------------------------ giving
 
@@ -178,14 +181,19 @@ class StageCopies:
     # ------------------------------------------------------------------ end
 
     def forget(self, epoch: int) -> None:
-        """Drop all that is given to or by ``epoch``, and all that is taken for it."""
+        """Drop all that is given by or to ``epoch`` and all that it takes, and end what newer ones took from it."""
         for key, giving in list(self._giving.items()):
             if epoch in (giving.giver.epoch, giving.giver.old_epoch):
                 self._drop(key)
         with self._changed:
-            taking = self._taking.pop(epoch, {})
+            ended = [copy for new, taking in self._taking.items() if new >= epoch for copy in taking.values()]
+            for new in [new for new in self._taking if new > epoch]:
+                self._num_bytes[new] = self.num_bytes(new)
+                self._taking[new] = {}
+            self._taking.pop(epoch, None)
+            self._num_bytes.pop(epoch, None)
             self._changed.notify_all()
-        for copy in taking.values():
+        for copy in ended:
             copy.outlet.close()
 
     def _drop(self, key: tuple[int, str]) -> None:
