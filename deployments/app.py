@@ -109,6 +109,7 @@ class Router:
             limits=config.limits,
             keys=_curve_keys(context.app_name),
         )
+        _set_limits(engine, config)
         engine.start(layout_of(config.layout, num_layers=spec.num_layers))
         self._engine, self._spec = engine, spec
 
@@ -118,7 +119,7 @@ class Router:
         layout = layout_of(config.layout, num_layers=self._spec.num_layers)
         self._engine.config_error = None
         self._user_config = config
-        self._engine.set_max_waiting(config.limits.max_waiting)
+        _set_limits(self._engine, config)
         # Not awaited: while layers move, the next user_config must be able to come through.
         self._layout_change = self._engine.set_layout(layout)
         self._layout_change.add_done_callback(self._on_layout_changed)
@@ -153,6 +154,13 @@ def build(args: dict[str, Any]) -> serve.Application:
     """
     parse(ServeArgs, args)
     return Router.bind(args)  # type: ignore[attr-defined]
+
+
+def _set_limits(engine: Engine, config: UserConfig) -> None:
+    engine.set_max_waiting(config.limits.max_waiting)
+    engine.set_refactor_limits(
+        max_bytes_per_s=float(config.refactor.max_bytes_per_s), num_warm_stages=config.warm_stages
+    )
 
 
 def _resolve_keys(keys: tuple[str, ...]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -88,7 +89,7 @@ def build_engine(
         keys=keys,
     )
     budget = KVBudget(
-        budget_bytes=args.memory_budget,
+        budget_bytes=_plain(args.memory_budget),
         block_bytes=block_bytes,
         max_blocks=setup.max_blocks if args.kv.max_tokens is None else -(-args.kv.max_tokens // block_size),
     )
@@ -124,6 +125,13 @@ def build_engine(
         sign_of_life_s=min(2.0, args.orphan_timeout_s / 5),
     )
     return engine, spec
+
+
+def _plain(sizes: int | Mapping[str, int] | None) -> int | dict[str, int] | None:
+    """Numbers without pydantic's classes, which not every encoder knows."""
+    if isinstance(sizes, Mapping):
+        return {name: int(size) for name, size in sizes.items()}
+    return None if sizes is None else int(sizes)
 
 
 def _attention(name: str, device: str) -> str:
