@@ -12,12 +12,15 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flexpipe_serve.refactor.record import Outcome
+
 if TYPE_CHECKING:
     from flexpipe_serve.engine.outputs import FinishReason
     from flexpipe_serve.engine.request import Sequence as EngineSequence
     from flexpipe_serve.engine.request import SequenceUpdate
     from flexpipe_serve.engine.scheduler_config import SchedulerStats
     from flexpipe_serve.pipeline.stage_types import StageReport
+    from flexpipe_serve.refactor.record import RefactorRecord
 
 FLUSH_INTERVAL_S = 1.0
 _MAX_OBSERVATIONS = 500
@@ -32,6 +35,8 @@ _SECONDS = (
     1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0,
 )
 # fmt: on
+_LONG_SECONDS = (*_SECONDS, 120.0, 300.0, 600.0)
+_STOP_SECONDS = (0.0001, 0.0002, 0.0005, *_SECONDS)
 _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sequences_finished": ("Sequences that ended (a request has n of them), by finish reason.", ("finish_reason",)),
     "prompt_tokens": ("Prompt tokens of the sequences admitted, cached ones included.", ()),
@@ -39,6 +44,8 @@ _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "generation_tokens": ("Tokens sampled.", ()),
     "preemptions": ("Times a sequence lost its KV to one of higher rank and was computed again.", ()),
     "steps": ("Steps completed.", ()),
+    "refactorings": ("Refactorings that ended, by outcome; dry runs left out.", ("outcome",)),
+    "refactor_copied_bytes": ("KV copied by refactorings, by kind: snapshot, patch.", ("kind",)),
     "stage_compute_seconds": ("Time a stage computed; its rate is the stage's utilisation.", ("stage",)),
 }
 _GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -55,8 +62,10 @@ _HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "time_to_first_token_seconds": ("From arrival to the first token of a sequence.", _SECONDS),
     "inter_token_seconds": ("Between two tokens of a sequence.", _SECONDS),
     "time_per_output_token_seconds": ("Mean time between the tokens of a sequence, the first left out.", _SECONDS),
-    "sequence_seconds": ("From arrival to the end of a sequence.", (*_SECONDS, 120.0, 300.0, 600.0)),
+    "sequence_seconds": ("From arrival to the end of a sequence.", _LONG_SECONDS),
     "step_seconds": ("From sending a step to its result.", _SECONDS),
+    "refactor_seconds": ("A refactoring from its request to its end; refused ones left out.", _LONG_SECONDS),
+    "refactor_stop_seconds": ("Time in which a refactoring held steps back; refused ones left out.", _STOP_SECONDS),
 }
 
 _Key = tuple[str, ...]
@@ -143,6 +152,17 @@ class EngineMetrics:
             if last_token is not None and seq.first_token_time is not None and seq.num_output_tokens > 1:
                 mean = (last_token - seq.first_token_time) / (seq.num_output_tokens - 1)
                 self._observations["time_per_output_token_seconds"].append(mean)
+
+    def on_refactoring(self, record: RefactorRecord) -> None:
+        """A refactoring is over; once for each, not for dry runs."""
+        with self._lock:
+            self._increments["refactorings", record.outcome.value] += 1
+            if record.outcome is Outcome.REFUSED:
+                return
+            self._increments["refactor_copied_bytes", "snapshot"] += record.snapshot_bytes
+            self._increments["refactor_copied_bytes", "patch"] += record.patch_bytes
+            self._observations["refactor_seconds"].append(record.seconds)
+            self._observations["refactor_stop_seconds"].append(record.stop_seconds)
 
     def set_gauges(self, stats: SchedulerStats, reports: Sequence[StageReport], *, epoch: int) -> None:
         """The state of the scheduler and of the stages (in pipeline order); now and then."""

@@ -18,6 +18,7 @@ from flexpipe_serve.engine.request import Sequence, SequenceUpdate
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scheduler_config import SchedulerStats
 from flexpipe_serve.metrics import EngineMetrics
+from flexpipe_serve.refactor.record import Mode, Outcome, Phase, RefactorPlan, RefactorRecord
 
 
 class FakeMetric:
@@ -198,6 +199,49 @@ def test_scheduler_counts_are_recorded_once(totals: list[int], flushes: list[boo
     assert sum(backend["preemptions"].get((), [])) == 2 * total
 
 
+def refactoring(outcome: Outcome, **fields: Any) -> RefactorRecord:
+    plan = RefactorPlan(
+        verdict="fits",
+        reason="",
+        old=(),
+        new=(),
+        moves=(),
+        launched=(),
+        retired=(),
+        domains=(),
+        num_blocks_before=1,
+        num_blocks_during=1,
+        num_blocks_after=1,
+        weights_bytes=0,
+        kv_bytes=0,
+    )
+    return RefactorRecord(
+        id="r-1",
+        mode=Mode.LIVE,
+        reason="requested",
+        outcome=outcome,
+        phase=Phase.RETIRE,
+        plan=plan,
+        epoch=2,
+        requested_at=0.0,
+        **fields,
+    )
+
+
+def test_refactorings(metrics: EngineMetrics, backend: FakeBackend) -> None:
+    done = refactoring(Outcome.DONE, seconds=3.0, stop_seconds=0.0004, snapshot_bytes=1000, patch_bytes=10)
+    metrics.on_refactoring(done)
+    metrics.on_refactoring(refactoring(Outcome.ABORTED, seconds=1.5, snapshot_bytes=500))
+    metrics.on_refactoring(refactoring(Outcome.REFUSED, seconds=0.01))
+    metrics.on_refactoring(done)
+    metrics.flush(1.0)
+    assert backend["refactorings"] == {("done",): [2], ("aborted",): [1], ("refused",): [1]}
+    assert backend["refactor_copied_bytes"] == {("snapshot",): [2500], ("patch",): [20]}
+    assert backend["refactor_seconds"] == {(): [3.0, 1.5, 3.0]}, "a refused one took none of a refactoring's time"
+    assert backend["refactor_stop_seconds"] == {(): [0.0004, 0.0, 0.0004]}
+    assert metrics.snapshot()["counters"]["refactorings"] == {"done": 2, "aborted": 1, "refused": 1}
+
+
 def test_flush_keeps_its_interval(metrics: EngineMetrics, backend: FakeBackend) -> None:
     for now, recorded in ((10.0, 1), (10.5, 1), (10.99, 1), (11.0, 2), (11.5, 2), (13.0, 3)):
         metrics.on_step(0.01, (), num_tokens=1)
@@ -262,6 +306,7 @@ def test_ray_accepts_every_metric_and_tag() -> None:
     seq.finish_time = 101.25
     metrics.on_sequence_finished(seq, "stop")
     metrics.on_step(0.03, (0.01, 0.02), num_tokens=4)
+    metrics.on_refactoring(refactoring(Outcome.DONE, seconds=3.0, snapshot_bytes=1000, patch_bytes=10))
     metrics.set_gauges(
         stats(num_prompt_tokens=3, num_prefix_hit_tokens=1, num_preemptions=1, num_blocks=4), [report(0, 30)], epoch=4
     )
