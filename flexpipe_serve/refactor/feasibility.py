@@ -39,6 +39,9 @@ class StageMemory:
     """What a stage takes of its domain now, or will once it is launched."""
 
     domain: str
+    """Whose budget it takes from."""
+    kv_domain: str
+    """Stages with the same one can map each other's KV: a node's RAM; on a GPU each process is alone."""
     weights_bytes: int
     """Measured; 0 for one without layers."""
     overhead_bytes: int
@@ -75,7 +78,7 @@ def plan_refactoring(
 ) -> RefactorPlan:
     """What has to be done to get from ``old`` to ``new``, and the verdict.
 
-    While the refactoring runs a stage holds the layers of both layouts; in a domain the KV of a layer counts once,
+    While the refactoring runs a stage holds the layers of both layouts; where stages map it, a layer's KV counts once,
     weights count for each stage. A restart holds the new ones alone.
 
     Args:
@@ -106,7 +109,7 @@ def plan_refactoring(
             source=move.source,
             target=move.target,
             layers=move.layers,
-            shared=stages[move.source].domain == stages[move.target].domain,
+            shared=stages[move.source].kv_domain == stages[move.target].kv_domain,
         )
         for move in moves_between(old, new)
     )
@@ -152,7 +155,7 @@ def _memory(
     footprints = []
     for name in alive:
         memory = stages[name]
-        layers = {(memory.domain, layer) for layer in held.get(name, ())}
+        layers = {(memory.kv_domain, layer) for layer in held.get(name, ())}
         now = _weights(name, (old,), weights)
         footprints.append(
             StageFootprint(

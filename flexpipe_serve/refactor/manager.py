@@ -202,7 +202,9 @@ class RefactorManager:
                 budgets[report.domain] = self._pipeline.budget.domain_bytes(report, free_bytes=free)
         budgets = dict(budgets)
         stages = {
-            name: StageMemory(domain=r.domain, weights_bytes=r.weights_bytes, overhead_bytes=r.overhead_bytes)
+            name: StageMemory(
+                domain=r.domain, kv_domain=_kv_domain(r), weights_bytes=r.weights_bytes, overhead_bytes=r.overhead_bytes
+            )
             for name, r in reports.items()
         }
         for name in new.stages:
@@ -234,7 +236,10 @@ class RefactorManager:
             report = replace(like, name=name, domain=domain)
             budgets[domain] = self._pipeline.budget.domain_bytes(report, free_bytes=like.domain_free_bytes)
         return StageMemory(
-            domain=domain, weights_bytes=0, overhead_bytes=max(r.overhead_bytes for r in reports.values())
+            domain=domain,
+            kv_domain=_kv_domain(replace(like, name=name, domain=domain)),
+            weights_bytes=0,
+            overhead_bytes=max(r.overhead_bytes for r in reports.values()),
         )
 
     def _run(self, coordinator: Coordinator) -> None:
@@ -265,6 +270,10 @@ class RefactorManager:
             index = next(i for i in range(len(taken) + 1) if stage_name(i) not in taken)
             launches.append(self._pipeline.launch(stage_name(index)))  # type: ignore[arg-type]
         return launches
+
+
+def _kv_domain(report: StageReport) -> str:
+    return report.domain if report.device == "cpu" else f"{report.domain}/{report.name}"
 
 
 def _demand(scheduler: Scheduler) -> KVDemand:

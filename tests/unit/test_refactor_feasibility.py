@@ -43,6 +43,7 @@ def cases(draw):
     stages = {
         name: StageMemory(
             domain=domains[name],
+            kv_domain=domains[name],
             weights_bytes=weights.of(
                 held.get(name, ()), is_first=name == old.stages[0], is_last=name == old.stages[-1]
             ),
@@ -151,7 +152,8 @@ def plan(**changes):
         "mode": Mode.LIVE,
         "weights": ModelWeights(layers=(10 * mib,) * 4, embedding=5 * mib, head=5 * mib, shared_ends=4 * mib),
         "stages": {
-            name: StageMemory(domain="node", weights_bytes=25 * mib, overhead_bytes=15 * mib) for name in old.stages
+            name: StageMemory(domain="node", kv_domain="node", weights_bytes=25 * mib, overhead_bytes=15 * mib)
+            for name in old.stages
         },
         "parked": (),
         "budgets": {"node": 200 * mib},
@@ -188,3 +190,27 @@ def test_it_is_refused_with_the_numbers_that_decided(demand):
     assert found.verdict == REFUSED
     assert "Only 27 KV blocks would be left, but 28 are needed" in found.reason
     assert plan(budgets={"node": 2**20}).verdict == REFUSED
+
+
+def test_stages_of_one_gpu_share_its_memory_but_copy_their_kv() -> None:
+    old, new = make_layout(num_layers=4, boundaries=[2]), make_layout(num_layers=4, boundaries=[1])
+    stages = {
+        name: StageMemory(domain="gpu", kv_domain=f"gpu/{name}", weights_bytes=0, overhead_bytes=0)
+        for name in old.stages
+    }
+    plan = plan_refactoring(
+        old=old,
+        new=new,
+        mode=Mode.LIVE,
+        weights=ModelWeights(layers=(0,) * 4, embedding=0, head=0),
+        stages=stages,
+        parked=(),
+        budgets={"gpu": 100},
+        block_bytes=1,
+        max_blocks=1000,
+        demand=KVDemand(num_blocks=25, num_used=3, num_cached=2, num_longest=1),
+        may_grow=True,
+    )
+    assert [(move.layers, move.shared) for move in plan.moves] == [((1,), False)]
+    assert plan.num_blocks_during == 100 // 5, "layer 1 is there twice meanwhile"
+    assert plan.kv_bytes == 5
