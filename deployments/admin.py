@@ -10,7 +10,7 @@ from flexpipe_serve.deployments.context import context_of, json_response
 from flexpipe_serve.deployments.errors import ApiError, shorten
 from flexpipe_serve.deployments.openapi import answer, errors, request_body
 from flexpipe_serve.deployments.protocol import EventList, RefactorList
-from flexpipe_serve.errors import RefactorRefusedError
+from flexpipe_serve.errors import ConfigError, RefactorRefusedError
 from flexpipe_serve.refactor.record import Outcome, RefactorRecord, RefactorRequest
 
 router = APIRouter(prefix="/flexpipe")
@@ -42,7 +42,10 @@ async def start_refactoring(request: Request) -> Response:
     context = context_of(request)
     body = await read_body(request, max_bytes=context.get_limits().max_body_bytes)
     parsed = decode(body, RefactorRequest)
-    record = await context.get_engine().refactor(parsed)
+    try:
+        record = await context.get_engine().refactor(parsed)
+    except ConfigError as error:  # no layout of this model
+        raise RefactorRefusedError(str(error)) from None
     if parsed.dry_run:
         return json_response(record)
     if record.outcome is Outcome.REFUSED:

@@ -88,6 +88,7 @@ class EngineClient(Protocol):
         A dry run's record is over, in phase PLAN: DONE where it would be done, REFUSED where not.
 
         Raises:
+            ConfigError: the model cannot be cut like that.
             RefactorRefusedError: it cannot be done; nothing was touched.
             RefactorBusyError: another one is running.
             EngineUnavailableError: the pipeline is not up.

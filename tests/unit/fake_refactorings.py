@@ -126,11 +126,7 @@ class FakeRefactorings:
         boundaries = request.boundaries
         if boundaries is None:
             assert request.stages is not None
-            if request.stages > NUM_LAYERS:
-                raise RefactorRefusedError(f"{request.stages} stages for {NUM_LAYERS} layers.")
             boundaries = even_boundaries(num_layers=NUM_LAYERS, num_stages=request.stages)
-        elif boundaries and boundaries[-1] >= NUM_LAYERS:
-            raise RefactorRefusedError(f"boundary {boundaries[-1]} for {NUM_LAYERS} layers.")
         new = make_layout(num_layers=NUM_LAYERS, boundaries=boundaries)
         old_of = {layer: part.stage for part in self._layout.slices for layer in part.layers}
         moved: dict[tuple[str, str], list[int]] = {}

@@ -117,6 +117,14 @@ async def test_infeasible(client):
     assert (error["message"], error["code"]) == ("node-a needs 5.0 GiB, its budget is 4.0 GiB.", "refactor_refused")
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+async def test_no_layout_of_this_model(client, dry_run):
+    for body, message in (({"stages": 31}, "31 stages for 30 layers"), ({"boundaries": [30]}, "boundary 30 must lie")):
+        error = await refused(client, **body, dry_run=dry_run)
+        assert error["code"] == "refactor_refused"
+        assert message in error["message"]
+
+
 async def test_a_record_that_says_refused_is_an_error(client, engine, monkeypatch):
     """An engine may answer with the record instead of raising."""
     plan = await engine.refactor(RefactorRequest(stages=11, dry_run=True))
