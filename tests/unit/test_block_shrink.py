@@ -193,12 +193,13 @@ def test_withheld_blocks_count_when_the_next_shrink_is_judged() -> None:
     assert moves == ((2, 0),)
     manager.grow(4)
     assert manager.num_used == 2
-    manager.shrink(3)  # blocks 0 and 1, and 2 withheld
-    with pytest.raises(AssertionError):
-        manager.allocate(1, Int32Vector())
-    manager.finish_moves(moves)
     manager.allocate(1, low)
-    assert ids(low) == [2]
+    assert ids(low) == [3]
+    with pytest.raises(RefactorRefusedError, match="shrink to 3 blocks: 4 are in use"):
+        manager.shrink(3)  # below it are 0 and 1, and 2, which is withheld: there is no place for 3
+    manager.finish_moves(moves)
+    manager.shrink(3)
+    assert manager.take_moves([high, low], max_moves=8) == ((3, 2),)
 
 
 def test_reset_forgets_a_shrink() -> None:
