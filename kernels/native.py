@@ -14,12 +14,16 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from functools import lru_cache
 from pathlib import Path
+
+import torch
 
 from flexpipe_serve.model.cache import cache_home
 
 logger = logging.getLogger(__name__)
+_choice = threading.local()
 
 _SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
@@ -67,6 +71,21 @@ def build(folder: Path) -> Path:
                 _run([compiler, *_FLAGS, *(str(source) for source in sources if source.suffix == ".cpp")], output)
                 output.rename(library)
     return library
+
+
+def set_native_threads(num_threads: int) -> None:
+    """How many threads the kernels called by this thread may use; torch's number where it was never said.
+
+    Torch's own operators can then be kept to one: the threads of an OpenMP region spin for milliseconds after it, on
+    cores that other stages need.
+    """
+    _choice.num_threads = num_threads
+
+
+def native_threads() -> int:
+    """Threads for a kernel called by this thread."""
+    chosen: int | None = getattr(_choice, "num_threads", None)
+    return chosen or torch.get_num_threads()
 
 
 def _run(command: list[str], output: Path | None = None) -> bytes:

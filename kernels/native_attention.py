@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from flexpipe_serve.kernels.attention import RaggedBatch
+from flexpipe_serve.kernels.native import native_threads
 
 
 class Batch(ctypes.Structure):
@@ -85,7 +86,7 @@ class NativeAttention:
         self._library.flexpipe_attention(
             *(ctypes.byref(plan.batch), ctypes.byref(heads), q.data_ptr(), q.stride(0)),
             *(k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)),
-            *(kv.data_ptr(), out.data_ptr(), torch.get_num_threads()),
+            *(kv.data_ptr(), out.data_ptr(), native_threads()),
         )
         return out
 

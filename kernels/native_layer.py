@@ -10,6 +10,7 @@ import ctypes
 import torch
 
 from flexpipe_serve.kernels import native_attention, native_linear
+from flexpipe_serve.kernels.native import native_threads
 from flexpipe_serve.kernels.native_attention import NativePlan
 from flexpipe_serve.kernels.native_linear import NativeLinear
 
@@ -88,6 +89,6 @@ class NativeLayer:
         out = torch.empty_like(hidden)
         self._library.flexpipe_layer(
             *(ctypes.byref(self._struct), ctypes.byref(plan.batch), hidden.data_ptr(), rotary.data_ptr()),
-            *(kv.data_ptr(), out.data_ptr(), hidden.shape[0], torch.get_num_threads()),
+            *(kv.data_ptr(), out.data_ptr(), hidden.shape[0], native_threads()),
         )
         return out

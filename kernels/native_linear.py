@@ -7,6 +7,8 @@ import mmap
 
 import torch
 
+from flexpipe_serve.kernels.native import native_threads
+
 _HUGE_PAGE = 2 << 20
 
 
@@ -55,7 +57,7 @@ class NativeLinear:
         num_rows = x.shape[0]
         out = torch.empty(num_rows, self._num_outputs)
         self.library.flexpipe_linear(
-            ctypes.byref(self.struct), x.data_ptr(), num_rows, residual, out.data_ptr(), torch.get_num_threads()
+            ctypes.byref(self.struct), x.data_ptr(), num_rows, residual, out.data_ptr(), native_threads()
         )
         return out
 

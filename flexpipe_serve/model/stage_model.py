@@ -11,6 +11,7 @@ from torch.nn import functional
 from flexpipe_serve.kernels.attention import AttentionBackend
 from flexpipe_serve.kernels.elementwise import rms_norm
 from flexpipe_serve.kernels.linear import Linear, PlainLinear, pack_linear
+from flexpipe_serve.kernels.native_attention import NativeAttention
 from flexpipe_serve.model.checkpoint import Checkpoint
 from flexpipe_serve.model.freed_memory import return_freed_memory
 from flexpipe_serve.model.layer import DecoderLayer, StepContext
@@ -50,6 +51,11 @@ class StageModel:
         self._norm: torch.Tensor | None = None
         self._head: Linear | None = None
         self._head_bytes = 0
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the kernels in C++ do all the work that is worth several threads."""
+        return self._spec.fused and self._linear == "native" and isinstance(self._attention, NativeAttention)
 
     @property
     def layers(self) -> tuple[int, ...]:

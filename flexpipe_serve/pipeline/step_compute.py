@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from flexpipe_serve.kernels.attention import RaggedBatch
+from flexpipe_serve.kernels.native import set_native_threads
 from flexpipe_serve.kernels.registry import check_block_size, get_attention_backend
 from flexpipe_serve.kernels.sampling import prompt_logprobs, sample
 from flexpipe_serve.kv.segment import BlockShape
@@ -153,7 +154,12 @@ class StepComputer:
         return encode(out, body.view(torch.uint8).numpy().data.cast("B") if len(body) else b"")
 
     def _set_num_threads(self, num_threads: int) -> None:
-        if num_threads and self.device.type == "cpu" and torch.get_num_threads() != num_threads:
+        if not num_threads or self.device.type != "cpu":
+            return
+        if self.model.is_native:
+            set_native_threads(num_threads)
+            num_threads = 1
+        if torch.get_num_threads() != num_threads:
             torch.set_num_threads(num_threads)
 
     def _forward(
