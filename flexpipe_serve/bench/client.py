@@ -120,14 +120,22 @@ class _Exchange(asyncio.Protocol):
             self._transport.close()
 
 
-async def exchange(target: Target, request: bytes, *, timeout_s: float) -> Recording:
+async def exchange(
+    target: Target, request: bytes, *, timeout_s: float, recording: Recording | None = None
+) -> Recording:
     """Sends one request over a connection of its own and records the answer until it ends.
 
     Never raises for what the server does: refusals, resets and time-outs stand in ``failure``.
+
+    Args:
+        target: the server.
+        request: as bytes for the socket.
+        timeout_s: a longer exchange is a failure.
+        recording: is filled in; one of the caller's own also keeps what came before a cancellation.
     """
     address = target.address
     tls = ssl.create_default_context() if address.scheme == "https" else None
-    recording = Recording(time.perf_counter())
+    recording = recording or Recording(time.perf_counter())
     transport: asyncio.BaseTransport | None = None
     try:
         async with asyncio.timeout(timeout_s):

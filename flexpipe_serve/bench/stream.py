@@ -23,14 +23,19 @@ class Completion:
         num_output_tokens: from the server's ``usage`` where given, else the number of pieces.
         num_prompt_tokens: from ``usage``; ``None`` where the server gives none.
         finish_reason: the server's, if any.
-        text: all pieces joined.
+        pieces: the text, as it came.
     """
 
     token_times_s: list[float] = field(default_factory=list)
     num_output_tokens: int = 0
     num_prompt_tokens: int | None = None
     finish_reason: str | None = None
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """All pieces joined."""
+        return "".join(self.pieces)
 
 
 class HttpBody:
@@ -131,44 +136,59 @@ def read_completion(arrivals: Iterable[tuple[float, bytes]]) -> Completion:
     Raises:
         StreamError: the status is not 200, an error event came, the stream broke off or carried no token.
     """
-    body, events, result = HttpBody(), EventStream(), Completion()
+    completion, failure = read_stream(arrivals)
+    if failure is not None:
+        raise StreamError(failure)
+    return completion
+
+
+def read_stream(arrivals: Iterable[tuple[float, bytes]]) -> tuple[Completion, str | None]:
+    """As ``read_completion``, but of a stream that failed, or was given up, also what came before.
+
+    Returns:
+        What was delivered, and why it is not a whole answer; None if it is.
+    """
+    result = Completion()
+    try:
+        return result, _read(arrivals, result)
+    except StreamError as error:
+        return result, str(error)
+    except (ValueError, KeyError, AttributeError) as error:
+        return result, f"unreadable answer: {error!r}"
+
+
+def _read(arrivals: Iterable[tuple[float, bytes]], result: Completion) -> str | None:
+    body, events = HttpBody(), EventStream()
     plain = b""  # all body bytes, for the message of an error that is not a stream
     done = False
-    usage: dict[str, Any] = {}
-    pieces: list[str] = []
-    try:
-        for time_s, data in arrivals:
-            part = body.feed(data)
-            if body.status != 200:
-                plain += part
+    for time_s, data in arrivals:
+        part = body.feed(data)
+        if body.status != 200:
+            plain += part
+            continue
+        for event in events.feed(part):
+            if event == "[DONE]":
+                done = True
                 continue
-            for event in events.feed(part):
-                if event == "[DONE]":
-                    done = True
-                    continue
-                message = json.loads(event)
-                if message.get("error"):
-                    raise StreamError(f"error in the stream: {_error_text(message)}")
-                usage = message.get("usage") or usage
-                for choice in message.get("choices", []):
-                    if choice.get("text"):
-                        pieces.append(choice["text"])
-                        result.token_times_s.append(time_s)
-                    result.finish_reason = choice.get("finish_reason") or result.finish_reason
-    except (ValueError, KeyError, AttributeError) as error:
-        raise StreamError(f"unreadable answer: {error!r}") from error
+            message = json.loads(event)
+            if message.get("error"):
+                return f"error in the stream: {_error_text(message)}"
+            usage = message.get("usage") or {}
+            result.num_output_tokens = usage.get("completion_tokens") or result.num_output_tokens
+            result.num_prompt_tokens = usage.get("prompt_tokens") or result.num_prompt_tokens
+            for choice in message.get("choices", []):
+                if choice.get("text"):
+                    result.pieces.append(choice["text"])
+                    result.token_times_s.append(time_s)
+                result.finish_reason = choice.get("finish_reason") or result.finish_reason
+    result.num_output_tokens = result.num_output_tokens or len(result.pieces)
     if body.status == 0:
-        raise StreamError("closed without an answer")
+        return "closed without an answer"
     if body.status != 200:
-        raise StreamError(f"HTTP {body.status}: {_plain_error_text(plain)}")
+        return f"HTTP {body.status}: {_plain_error_text(plain)}"
     if not done and not (body.complete and result.finish_reason):
-        raise StreamError(f"the stream broke off after {len(pieces)} pieces of text")
-    if not pieces:
-        raise StreamError("the stream carried no text")
-    result.text = "".join(pieces)
-    result.num_output_tokens = usage.get("completion_tokens") or len(pieces)
-    result.num_prompt_tokens = usage.get("prompt_tokens")
-    return result
+        return f"the stream broke off after {len(result.pieces)} pieces of text"
+    return None if result.pieces else "the stream carried no text"
 
 
 def _plain_error_text(body: bytes) -> str:

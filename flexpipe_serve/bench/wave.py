@@ -23,7 +23,7 @@ class RequestRecord:
         num_output_tokens: delivered, by ``usage`` where given, else pieces of text.
         token_times_s: arrival of each piece of text.
         finish_reason: the server's.
-        text: what it said; empty for a failed request.
+        pieces: what it said; none for a failed request.
         error: why it failed; ``None`` is success.
     """
 
@@ -35,8 +35,13 @@ class RequestRecord:
     num_output_tokens: int = 0
     token_times_s: tuple[float, ...] = ()
     finish_reason: str | None = None
-    text: str = ""
+    pieces: tuple[str, ...] = ()
     error: str | None = None
+
+    @property
+    def text(self) -> str:
+        """All pieces joined."""
+        return "".join(self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +136,6 @@ def _record(arrival: Arrival, recording: Recording, *, start_s: float, end_s: fl
         num_output_tokens=completion.num_output_tokens,
         token_times_s=tuple(at_s - zero_s for at_s in completion.token_times_s),
         finish_reason=completion.finish_reason,
-        text=completion.text,
+        pieces=tuple(completion.pieces),
         error=error,
     )

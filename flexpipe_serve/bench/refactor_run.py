@@ -1,0 +1,257 @@
+"""Drives one server through refactorings under load, and notes what it sees."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from flexpipe_serve.async_handle import AsyncHandle, AsyncRefactorJob
+from flexpipe_serve.bench.arrivals import Arrival
+from flexpipe_serve.bench.client import Target
+from flexpipe_serve.bench.identity import Difference, find_difference
+from flexpipe_serve.bench.load import SteadyLoad, StreamRecord, find_stalled
+from flexpipe_serve.bench.memory import LocalMemory
+from flexpipe_serve.bench.tour import Boundaries, Step
+from flexpipe_serve.bench.trial import Trial, refactoring_window
+from flexpipe_serve.bench.wave import run_wave
+from flexpipe_serve.bench.windows import Window
+from flexpipe_serve.errors import ConfigError, RefactorBusyError, RefactorRefusedError
+from flexpipe_serve.refactor.record import RefactorRecord
+
+STALLED_S = 3.0
+"""A stream that is silent for longer when the load ends is counted as dropped."""
+
+_SETTLE_S = 0.5
+"""Between a refactoring and the window at rest behind it."""
+_POLL_S = 0.5
+"""Seldom: every look costs both sides CPU in the window that is measured."""
+_MAX_REST = 3
+"""A window at rest is as long as the refactoring before it, but at most so many times the usual."""
+_MAX_LOOKED_UP = 10
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """The steady load.
+
+    Args:
+        concurrency: streams at once.
+        num_tokens: of each stream.
+        pure_decode: all streams start before the first window and outlast the last, so that no prefill disturbs any.
+        timeout_s: a longer stream failed.
+    """
+
+    concurrency: int
+    num_tokens: int
+    pure_decode: bool
+    timeout_s: float
+
+
+@dataclass(slots=True)
+class Section:
+    """What was measured under one load on one server.
+
+    Args:
+        domain: as in Trial.
+        name: the mode, or ``churn``.
+        round: which repetition.
+        trials: the measured refactorings.
+        streams: all that were sent.
+        differences: streams that said something else than their reference.
+        num_stalled: streams that were lost without an error.
+    """
+
+    domain: str
+    name: str
+    round: int = 0
+    trials: list[Trial] = field(default_factory=list)
+    streams: list[StreamRecord] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+    num_stalled: int = 0
+
+    @property
+    def num_dropped(self) -> int:
+        """Streams that failed, or were lost."""
+        return self.num_stalled + sum(stream.error is not None for stream in self.streams)
+
+    @property
+    def num_finished(self) -> int:
+        """Streams that came to their end."""
+        return sum(stream.error is None and not stream.was_ended for stream in self.streams)
+
+
+class Session:
+    """One server that is measured.
+
+    Args:
+        domain: name of its kind in the report.
+        target: for completions.
+        handle: for everything else.
+        prompts: of the load.
+        plan: the load.
+        say: told of every refactoring when it is over.
+
+    Attributes:
+        sections: what was measured, also of a section that an error ended.
+        memory: of the server; None where it is not on this machine.
+        reference: text of each prompt, in pieces, without disturbance.
+    """
+
+    def __init__(
+        self,
+        *,
+        domain: str,
+        target: Target,
+        handle: AsyncHandle,
+        prompts: Sequence[str],
+        plan: LoadPlan,
+        say: Callable[[str], None],
+    ) -> None:
+        self.domain = domain
+        self.handle = handle
+        self.memory: LocalMemory | None = None
+        self.reference: list[tuple[str, ...]] = []
+        self._target = target
+        self._prompts = prompts
+        self._plan = plan
+        self._say = say
+        self.sections: list[Section] = []
+        self._layout: Boundaries = ()
+
+    async def prepare(self) -> dict[str, Any]:
+        """Computes the reference outputs, on the server at rest. Returns its status.
+
+        Raises:
+            ConfigError: a request failed.
+        """
+        status = await self.handle.status()
+        self._layout = tuple(status["layout"]["boundaries"])
+        with contextlib.suppress(ProcessLookupError):
+            self.memory = LocalMemory(status)
+        self._say(f"{self.domain}: {len(self._prompts)} reference outputs of {self._plan.num_tokens} tokens")
+        wave = await run_wave(
+            self._target,
+            [Arrival(0.0, 0, self._plan.num_tokens)] * len(self._prompts),
+            self._prompts,
+            concurrency=self._plan.concurrency,
+            timeout_s=self._plan.timeout_s,
+        )
+        for request in wave.requests:
+            if request.error is not None:
+                raise ConfigError(f"{self._target.url} cannot do the load at rest: {request.error}")
+        self.reference = [request.pieces for request in wave.requests]
+        return status
+
+    @contextlib.asynccontextmanager
+    async def loaded(self, name: str, round_index: int) -> AsyncIterator[Section]:
+        """The load, while the context lasts; afterwards the section has all about its streams."""
+        section = Section(self.domain, name, round_index)
+        load = SteadyLoad(
+            target=self._target,
+            prompts=self._prompts,
+            concurrency=self._plan.concurrency,
+            num_tokens=self._plan.num_tokens,
+            spread=not self._plan.pure_decode,
+            timeout_s=self._plan.timeout_s,
+        )
+        self.sections.append(section)
+        try:
+            await load.start()
+            await asyncio.sleep(_SETTLE_S)
+            async with self._sampled():
+                yield section
+        finally:
+            section.streams = await load.stop()
+            section.num_stalled = len(find_stalled(section.streams, after_s=STALLED_S))
+            found = (find_difference(s.prompt, s.pieces, self.reference[s.prompt]) for s in section.streams)
+            section.differences = [difference for difference in found if difference is not None]
+        for index, difference in enumerate(section.differences[:_MAX_LOOKED_UP]):
+            section.differences[index] = await self._look_up(difference)
+
+    async def run(self, steps: Sequence[Step], *, mode: str, round_index: int, rest_s: float) -> None:
+        """Measures each step, with a window at rest before and behind it."""
+        async with self.loaded(mode, round_index) as section:
+            before: Window | None = None
+            for step in steps:
+                if self._layout != step.old:
+                    await self.refactor(step.old, mode="live")
+                    await asyncio.sleep(_SETTLE_S)
+                    before = None
+                    step = replace(step, old=self._layout)
+                if before is None:
+                    before = await _rest(rest_s)
+                record, window, requested_s = await self.refactor(step.new, mode=mode)
+                await asyncio.sleep(_SETTLE_S)
+                after = await _rest(min(max(rest_s, window.seconds), _MAX_REST * rest_s))
+                section.trials.append(
+                    Trial(self.domain, mode, round_index, step, record, window, requested_s, before, after)
+                )
+                self._say(f"{self.domain}, {mode}, round {round_index + 1}: {describe(step, record)}")
+                before = after
+
+    async def refactor(self, boundaries: Boundaries, *, mode: str) -> tuple[RefactorRecord, Window, float]:
+        """Refactors, and waits for the end. A refused one has the record of its dry run."""
+        offset_s = time.time() - time.perf_counter()
+        sent_s = time.perf_counter()
+        job = await self._ask(boundaries, mode=mode)
+        answered_s = time.perf_counter()
+        record = await job.record()
+        while not record.is_over:
+            await asyncio.sleep(_POLL_S)
+            record = await job.record()
+        window, requested_s = refactoring_window(record, sent_s=sent_s, answered_s=answered_s, clock_offset_s=offset_s)
+        # Not what was asked for: it may have been aborted, or recovered.
+        self._layout = tuple((await self.handle.status())["layout"]["boundaries"])
+        return record, window, requested_s
+
+    async def _ask(self, boundaries: Boundaries, *, mode: str) -> AsyncRefactorJob:
+        while True:
+            try:
+                return await self.handle.refactor(boundaries=boundaries, mode=mode, reason="benchmark")
+            except RefactorBusyError:  # the record of the one before is closed a moment before it makes room
+                await asyncio.sleep(_POLL_S)
+            except RefactorRefusedError:
+                return await self.handle.refactor(boundaries=boundaries, mode=mode, dry_run=True)
+
+    @contextlib.asynccontextmanager
+    async def _sampled(self) -> AsyncIterator[None]:
+        sampling = None if self.memory is None else asyncio.create_task(self.memory.sample())
+        try:
+            yield
+        finally:
+            if sampling is not None:
+                sampling.cancel()
+
+    async def _look_up(self, difference: Difference) -> Difference:
+        """How close the two best tokens were where a stream left its reference."""
+        body = {
+            "model": self._target.model,
+            "prompt": self._prompts[difference.prompt],
+            "max_tokens": self._plan.num_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": 2,
+        }
+        answer = await self.handle.call("POST", "/v1/completions", dict[str, Any], body)
+        logprobs = answer["choices"][0]["logprobs"]
+        # The last token that begins at or before the character.
+        index = max(i for i, offset in enumerate(logprobs["text_offset"]) if offset <= difference.char)
+        best, second = sorted(logprobs["top_logprobs"][index].values(), reverse=True)[:2]
+        return replace(difference, logprob_gap=best - second)
+
+
+def describe(step: Step, record: RefactorRecord) -> str:
+    """One line about a refactoring that is over."""
+    text = (
+        f"{step.kind} {list(step.old)} -> {list(step.new)}: {record.outcome} in {record.seconds:.2f} s,"
+        f" stop {record.stop_seconds * 1e3:.2f} ms"
+    )
+    return text if record.error is None else f"{text} ({record.error})"
+
+
+async def _rest(seconds: float) -> Window:
+    start_s = time.perf_counter()
+    await asyncio.sleep(seconds)
+    return Window(start_s, time.perf_counter())

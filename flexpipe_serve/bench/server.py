@@ -1,0 +1,139 @@
+"""A server of the benchmark's own: ``flexpipe serve`` in a process tree that is gone afterwards."""
+
+import contextlib
+import copy
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+from flexpipe_serve.errors import ConfigError
+
+_COMMAND = "import sys; from flexpipe_serve.cli import main; sys.exit(main(sys.argv[1:]))"
+_READY_S = 300.0
+_STOP_S = 30.0
+_POLL_S = 0.25
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A Serve configuration with one application. Raises ConfigError where it is not one."""
+    try:
+        config = yaml.safe_load(path.read_text())
+        if len(config["applications"]) != 1:
+            raise ConfigError(f"{path} has {len(config['applications'])} applications; the benchmark needs one")
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no Serve configuration ({error!r}); see serve_config.yaml") from None
+    return dict(config)
+
+
+def adapt_config(
+    config: Mapping[str, Any], *, args: Mapping[str, Any], user_config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A copy of a Serve configuration with other ``args`` and another ``user_config``: mappings are merged one level
+    deep, everything else is replaced."""
+    adapted: dict[str, Any] = copy.deepcopy(dict(config))
+    app = adapted["applications"][0]
+    app["args"] = _merge(app.get("args") or {}, args)
+    deployments = app.setdefault("deployments", [])
+    router = next((each for each in deployments if each.get("name") == "Router"), None)
+    if router is None:
+        router = {"name": "Router"}
+        deployments.append(router)
+    router["user_config"] = _merge(router.get("user_config") or {}, user_config)
+    return adapted
+
+
+def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    # A layout has exactly one of its keys, so it is replaced as a whole.
+    return dict(old) | {
+        key: {**old[key], **value}
+        if key != "layout" and isinstance(value, Mapping) and isinstance(old.get(key), Mapping)
+        else value
+        for key, value in new.items()
+    }
+
+
+@contextlib.contextmanager
+def running_server(config: Mapping[str, Any], *, log: Path) -> Iterator[str]:
+    """Serves a configuration on a free port of the loopback. Gives the URL when it answers.
+
+    Args:
+        config: of Serve.
+        log: file for the server's output.
+
+    Raises:
+        ConfigError: it does not come up; with the last lines it said.
+    """
+    with tempfile.TemporaryDirectory(prefix="flexpipe-bench-") as folder:
+        file = Path(folder) / "serve_config.yaml"
+        file.write_text(yaml.safe_dump(dict(config)))
+        port = _free_port()
+        with log.open("a") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _COMMAND, "serve", str(file), "--port", str(port), "--host", "127.0.0.1"],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                # Ctrl-C at the terminal is for the benchmark, which ends its server itself.
+                start_new_session=True,
+                preexec_fn=_heed_interrupts,
+            )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_until_ready(process, url, log)
+            yield url
+        finally:
+            _stop(process)
+
+
+def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    deadline = time.monotonic() + _READY_S
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        time.sleep(_POLL_S)
+    lines = log.read_text(errors="replace").strip().splitlines()
+    raise ConfigError(f"the server did not come up; see {log}: " + " | ".join(lines[-3:]))
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """As Ctrl-C at its terminal would; then a kill to whatever is left of the tree."""
+    tree = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        tree = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_S)
+    _, alive = psutil.wait_procs(tree, timeout=1)
+    for each in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.kill()
+    process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _heed_interrupts() -> None:
+    # Started in the background, a shell has us ignore interrupts, and a child would inherit that.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def default_log() -> Path:
+    """Where servers write when nobody says otherwise."""
+    return Path(tempfile.gettempdir()) / f"flexpipe-bench-{os.getpid()}.log"
