@@ -11,6 +11,7 @@ from flexpipe_serve import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. Returns the exit status."""
     from flexpipe_serve import cli_admin, launch
+    from flexpipe_serve.bench import refactor as bench_refactor
     from flexpipe_serve.bench import serve as bench_serve
 
     parser = argparse.ArgumentParser(prog="flexpipe", description="Serve a model through a live pipeline.")
@@ -24,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     load = bench.add_parser("serve", help="load on one or several OpenAI endpoints")
     bench_serve.add_arguments(load)
     load.set_defaults(run=bench_serve.main)
+    refactor = bench.add_parser("refactor", help="what a change of the pipeline costs the streams that are running")
+    bench_refactor.add_arguments(refactor)
+    refactor.set_defaults(run=bench_refactor.main)
     args = parser.parse_args(argv)
     status: int = args.run(args)
     return status

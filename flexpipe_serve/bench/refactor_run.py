@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,10 @@ from flexpipe_serve.bench.trial import Trial, refactoring_window
 from flexpipe_serve.bench.wave import run_wave
 from flexpipe_serve.bench.windows import Window
 from flexpipe_serve.errors import ConfigError, RefactorBusyError, RefactorRefusedError
-from flexpipe_serve.refactor.record import RefactorRecord
+from flexpipe_serve.refactor.record import Mode, RefactorRecord
+
+CHURN = "churn"
+"""The mode's name of back-to-back refactorings."""
 
 STALLED_S = 3.0
 """A stream that is silent for longer when the load ends is counted as dropped."""
@@ -176,7 +179,7 @@ class Session:
             before: Window | None = None
             for step in steps:
                 if self._layout != step.old:
-                    await self.refactor(step.old, mode="live")
+                    await self.refactor(step.old, mode=Mode.LIVE)
                     await asyncio.sleep(_SETTLE_S)
                     before = None
                     step = replace(step, old=self._layout)
@@ -190,6 +193,22 @@ class Session:
                 )
                 self._say(f"{self.domain}, {mode}, round {round_index + 1}: {describe(step, record)}")
                 before = after
+
+    async def churn(self, steps: Iterable[Step], *, rest_s: float) -> None:
+        """Carries the steps out back to back, with one window at rest before and one behind all of them."""
+        async with self.loaded(CHURN, 0) as section:
+            before = await _rest(rest_s)
+            done: list[tuple[Step, RefactorRecord, Window, float]] = []
+            for index, step in enumerate(steps):
+                step = replace(step, old=self._layout)
+                done.append((step, *await self.refactor(step.new, mode=Mode.LIVE)))
+                self._say(f"{self.domain}, churn {index + 1}: {describe(step, done[-1][1])}")
+            await asyncio.sleep(_SETTLE_S)
+            after = await _rest(rest_s)
+            section.trials = [
+                Trial(self.domain, CHURN, 0, step, record, window, requested_s, before, after)
+                for step, record, window, requested_s in done
+            ]
 
     async def refactor(self, boundaries: Boundaries, *, mode: str) -> tuple[RefactorRecord, Window, float]:
         """Refactors, and waits for the end. A refused one has the record of its dry run."""

@@ -48,23 +48,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     load = parser.add_argument_group("load (one of --concurrency, --rate, --trace)")
     kind = load.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--concurrency", type=_positive_int, metavar="N", help="closed loop: N requests in flight")
+    kind.add_argument("--concurrency", type=positive_int, metavar="N", help="closed loop: N requests in flight")
     kind.add_argument("--rate", type=float, metavar="R", help="open loop: R requests/s with Gamma distributed gaps")
     kind.add_argument(
         "--trace", type=Path, metavar="CSV", help="open loop: arrival_s,prompt_tokens,output_tokens; .gz too"
     )
     load.add_argument("--cv", type=float, help="of the gaps, with --rate: 0 even, 1 Poisson (default), more is bursty")
-    load.add_argument("--num-requests", type=_positive_int, metavar="N", help="a round; default 64, or the whole trace")
-    load.add_argument("--prompt-tokens", type=_positive_int, metavar="N", help="a prompt (default 128)")
-    load.add_argument("--output-tokens", type=_positive_int, metavar="N", help="an answer (default 128)")
+    load.add_argument("--num-requests", type=positive_int, metavar="N", help="a round; default 64, or the whole trace")
+    load.add_argument("--prompt-tokens", type=positive_int, metavar="N", help="a prompt (default 128)")
+    load.add_argument("--output-tokens", type=positive_int, metavar="N", help="an answer (default 128)")
     load.add_argument(
         "--time-scale", type=float, metavar="X", help="trace times are multiplied by X; 2 halves the rate"
     )
     load.add_argument("--length-scale", type=float, metavar="X", help="trace lengths are multiplied by X")
-    load.add_argument("--max-prompt-tokens", type=_positive_int, metavar="N", help="longer trace prompts are cut")
-    load.add_argument("--max-output-tokens", type=_positive_int, metavar="N", help="longer trace outputs are cut")
+    load.add_argument("--max-prompt-tokens", type=positive_int, metavar="N", help="longer trace prompts are cut")
+    load.add_argument("--max-output-tokens", type=positive_int, metavar="N", help="longer trace outputs are cut")
     run = parser.add_argument_group("run")
-    run.add_argument("--rounds", type=_positive_int, default=1, metavar="N", help="of the load, on each server in turn")
+    run.add_argument("--rounds", type=positive_int, default=1, metavar="N", help="of the load, on each server in turn")
     run.add_argument("--warmup", type=int, default=1, metavar="N", help="requests to each server before (default 1)")
     run.add_argument(
         "--seed",
@@ -260,7 +260,8 @@ def _allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _positive_int(text: str) -> int:
+def positive_int(text: str) -> int:
+    """A number of something, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is below 1")

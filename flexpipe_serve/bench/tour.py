@@ -65,9 +65,10 @@ def tour(num_layers: int, *, kinds: Sequence[str] = KINDS) -> list[Step]:
 def random_steps(
     num_steps: int, *, start: Boundaries, num_layers: int, max_stages: int, rng: np.random.Generator
 ) -> Iterator[Step]:
-    """Back-to-back refactorings between random layouts of 1 to ``max_stages`` stages; the last of several ends at ``start``.
+    """Back-to-back refactorings between random layouts of 1 to ``max_stages`` stages.
 
-    Each number of stages is as likely as any other, and within it each set of boundaries; no step keeps its layout.
+    The last of several ends at ``start``. Each number of stages is as likely as any other, and within it each set of
+    boundaries; no step keeps its layout.
 
     Raises:
         ConfigError: there is only one layout to choose from.
