@@ -54,7 +54,11 @@ class Shrink:
 
 @dataclass(frozen=True)
 class Grow:
-    """Scheduler: hand out all block ids below ``num_blocks``. Also ends a ``Shrink`` under way."""
+    """Scheduler: hand out all block ids below ``num_blocks``. Also ends a ``Shrink`` under way.
+
+    Done when no step in flight copies blocks any more (``Scheduler.is_shrunk``): a step that took another route could
+    otherwise read a block before an older step has moved it, and a copy of KV must not meet one.
+    """
 
     num_blocks: int
 
