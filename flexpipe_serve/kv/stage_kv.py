@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
 import torch
 
@@ -46,42 +46,45 @@ class StageKV(Mapping[int, torch.Tensor]):
         """KV memory of all layers, also what other stages map too."""
         return sum(segment.committed_bytes for segment in self._segments.values())
 
-    def open(self, layers: Iterable[int]) -> None:
+    def open(self, layers: Iterable[int], *, between: Callable[[], None]) -> None:
         """Have segments of ``layers``, each with ``num_blocks`` blocks. KV that the domain has of them is there.
 
-        Raises:
-            KVMemoryError: the memory cannot be had; nothing was changed.
-        """
-        opened: dict[int, Segment] = {}
-        try:
-            for layer in layers:
-                if layer not in self._segments:
-                    opened[layer] = self._make(layer)
-                    opened[layer].resize(self.num_blocks)
-        except BaseException:
-            for segment in opened.values():
-                segment.close()
-            raise
-        self._segments = {**self._segments, **opened}
+        Args:
+            between: called after each segment; may wait, or raise to give up. What is done by then stays.
 
-    def resize(self, num_blocks: int) -> None:
+        Raises:
+            KVMemoryError: the memory cannot be had. What is done by then stays.
+        """
+        for layer in layers:
+            if layer not in self._segments:
+                segment = self._make(layer)
+                try:
+                    segment.resize(self.num_blocks)
+                except KVMemoryError:
+                    segment.close()
+                    raise
+                self._segments = {**self._segments, layer: segment}
+                between()
+
+    def resize(self, num_blocks: int, *, between: Callable[[], None]) -> None:
         """Have exactly ``num_blocks`` blocks in every segment.
 
+        Args:
+            between: called after each segment; may wait, or raise to give up, and then the same call is to follow.
+
         Raises:
-            KVMemoryError: the memory cannot be had; nothing was changed.
+            KVMemoryError: the memory cannot be had; all is as before.
         """
         before = self.num_blocks
         if num_blocks < before:
             self.num_blocks = num_blocks  # first: nobody may count on blocks that go
-        done: list[Segment] = []
         try:
             for segment in self._segments.values():
                 segment.resize(num_blocks)
-                done.append(segment)
+                between()
         except KVMemoryError:
-            for segment in done:
+            for segment in self._segments.values():
                 segment.resize(before)
-            self.num_blocks = before
             raise
         self.num_blocks = num_blocks
 

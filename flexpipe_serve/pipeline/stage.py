@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections.abc import Callable
 
 from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.kv.domain import DomainFolder, free_bytes, sweep_stale
 from flexpipe_serve.kv.stage_kv import StageKV
-from flexpipe_serve.pipeline.background import in_background
+from flexpipe_serve.pipeline.background import gently, in_background
 from flexpipe_serve.pipeline.channel import Endpoint, Outlet, ZmqInbox, ZmqOutlet
 from flexpipe_serve.pipeline.memory import available_bytes, private_bytes, work_bytes
 from flexpipe_serve.pipeline.stage_copies import StageCopies
@@ -83,9 +84,9 @@ class Stage:
                 self._assignments = {}
                 self._kv.clear()
                 self._keep([assignment])
-                self._hold(assignment, num_blocks)
+                self._hold(assignment, num_blocks, pace=lambda: None)
             else:
-                in_background(lambda: self._hold(assignment, num_blocks))
+                gently(lambda pace: self._hold(assignment, num_blocks, pace=pace))
             outlet = self._connect(assignment.next)
             self._loop.call(lambda: self._loop.add_route(assignment, outlet))
             self._assignments[assignment.epoch] = assignment
@@ -99,9 +100,9 @@ class Stage:
         """
         with self._changing:
             if self._device.type == "cpu":
-                in_background(lambda: self._kv.resize(num_blocks))
+                gently(lambda pace: self._kv.resize(num_blocks, between=pace))
             else:  # the tensors are made anew, so no step may run
-                self._loop.call(lambda: self._kv.resize(num_blocks))
+                self._loop.call(lambda: self._kv.resize(num_blocks, between=lambda: None))
 
     def wait_copied(self, epoch: int, *, through_step: int, timeout_s: float) -> None:
         """See StageHandle.wait_copied.
@@ -165,17 +166,17 @@ class Stage:
         self._stopping.set()
         self._inbox.wake()
 
-    def _hold(self, assignment: Assignment, num_blocks: int) -> None:
-        """Have the assignment's weights and KV."""
+    def _hold(self, assignment: Assignment, num_blocks: int, *, pace: Callable[[], None]) -> None:
+        """Have the assignment's weights and KV. Goes on where it was, when ``pace`` interrupted it."""
+
+        def between() -> None:
+            self._check_wanted(assignment.epoch)
+            pace()
+
         if num_blocks != self._kv.num_blocks:
-            self._kv.resize(num_blocks)
-        self._kv.open(assignment.layers)
-        self._model.load(
-            assignment.layers,
-            embedding=assignment.is_first,
-            head=assignment.is_last,
-            between=lambda: self._check_wanted(assignment.epoch),
-        )
+            self._kv.resize(num_blocks, between=between)
+        self._kv.open(assignment.layers, between=between)
+        self._model.load(assignment.layers, embedding=assignment.is_first, head=assignment.is_last, between=between)
 
     def _check_wanted(self, epoch: int) -> None:
         if self._stopping.is_set() or self._is_void.is_set() or epoch in self._released:
