@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.ma  # noqa: F401 (np.unique imports it on its first call, 25 ms in the middle of a step)
+import numpy.ma  # else np.unique imports it on its first call: 25 ms in the middle of a step
 import numpy.typing as npt
 import torch
 

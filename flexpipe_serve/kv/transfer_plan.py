@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.ma  # noqa: F401 (np.unique imports it on its first call, 25 ms in the middle of a step)
+import numpy.ma  # else np.unique imports it on its first call: 25 ms in the middle of a step
 import numpy.typing as npt
 
 Int32 = npt.NDArray[np.int32]
