@@ -30,6 +30,17 @@ def small_model(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> P
 
 
 @pytest.fixture(scope="session")
+def six_layers(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
+    """A random model of six layers and 131 tokens, whose steps take about a millisecond."""
+    folder = tmp_path_factory.mktemp("six-layers")
+    make_checkpoint(folder, "llama", num_hidden_layers=6, max_position_embeddings=1024)
+    # Any tokenizer does: its ids beyond the tiny vocabulary are never sampled.
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((demo_model / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
 def other_ray() -> Iterator[Any]:
     """Another Ray on the machine, older than ours: that of this process."""
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")

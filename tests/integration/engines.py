@@ -7,6 +7,7 @@ import contextlib
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from flexpipe_serve.config import KVConfig, LimitsConfig, ModelConfig, SchedulerArgs, ServeArgs
 from flexpipe_serve.engine.assemble import build_engine
@@ -29,7 +30,11 @@ def running_engine(
     folder: Path,
     *,
     num_stages: int = 1,
+    boundaries: Sequence[int] | None = None,
     host: StageHost | None = None,
+    private_kv: bool = False,
+    attention: Literal["auto", "torch"] = "auto",
+    memory_budget: int | dict[str, int] = 64 << 30,
     block_size: int = 16,
     max_tokens: int = 65536,
     max_num_batched_tokens: int = 256,
@@ -37,11 +42,17 @@ def running_engine(
     max_waiting: int = 256,
     prefix_cache: bool = True,
 ) -> Iterator[Engine]:
-    """A started engine; everything it held is gone afterwards."""
+    """A started engine; everything it held is gone afterwards. Its stages are split evenly, or at ``boundaries``."""
     args = ServeArgs(
         model=ModelConfig(source=str(folder)),
-        memory_budget=64 << 30,
-        kv=KVConfig(block_size=block_size, max_tokens=max_tokens, prefix_cache=prefix_cache),
+        memory_budget=memory_budget,  # type: ignore[arg-type]
+        attention=attention,
+        kv=KVConfig(
+            block_size=block_size,
+            max_tokens=max_tokens,
+            prefix_cache=prefix_cache,
+            domain="stage" if private_kv else "node",
+        ),
         scheduler=SchedulerArgs(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
     )
     engine, spec = build_engine(
@@ -53,7 +64,9 @@ def running_engine(
         metrics=EngineMetrics(app="test", model="test"),
         limits=LimitsConfig(max_waiting=max_waiting),
     )
-    engine.start(even_layout(spec.num_layers, num_stages))
+    if boundaries is None:
+        boundaries = even_boundaries(num_layers=spec.num_layers, num_stages=num_stages)
+    engine.start(make_layout(num_layers=spec.num_layers, boundaries=boundaries))
     try:
         yield engine
     finally:

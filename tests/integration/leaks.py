@@ -1,0 +1,92 @@
+"""What an engine over stages in threads must look like when it is idle: nothing of earlier layouts is left."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from engines import generate_all
+
+from flexpipe_serve.engine.engine import Engine
+from flexpipe_serve.engine.sampling_params import SamplingParams
+from flexpipe_serve.pipeline.local_host import LocalStageHost
+
+
+def settle(engine: Engine) -> None:
+    """Returns when the refactoring that runs, if any, and what follows from it are over."""
+    while engine._refactorings.is_running:
+        thread = engine._refactorings._thread
+        assert thread is not None
+        thread.join()
+    engine._control.submit(lambda: None).result()
+
+
+def check_scheduler(engine: Engine) -> None:
+    """Nothing runs, and every block is free or cached."""
+    loop = engine._loop
+    generate_all(engine, [[5]], SamplingParams(max_tokens=1))  # steps of before are over when this one is
+    loop.call(loop.scheduler.check_integrity).result()
+    stats = loop.scheduler.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
+    assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
+
+
+def check_pipeline(engine: Engine, *, num_warm: int = 0) -> None:
+    """The Router knows one route, and the stages of one layout (and the warm ones)."""
+    pipeline, loop = engine._pipeline, engine._loop
+    assert pipeline.layout is not None
+    spare = set(pipeline.stages) - set(pipeline.layout.stages)
+    assert pipeline.is_complete
+    assert len(spare) == num_warm
+    assert list(pipeline._routes) == [pipeline.epoch]
+    assert (loop._conditions, loop._in_flight, loop._patching_epoch, loop._hold) == ([], {}, None, None)
+    files = sorted(path.name for path in pipeline._folder.path.iterdir())
+    sockets = [f"{name}.sock" for name in (*pipeline.stages, "router")]
+    assert [name for name in files if name.endswith(".sock")] == sorted(sockets)
+    segments = [
+        pipeline._folder.segment_path(layer, stage=part.stage if pipeline._setup.private_kv else None).name
+        for part in pipeline.layout.slices
+        for layer in part.layers
+    ]
+    assert [name for name in files if name.endswith(".kv")] == sorted(segments)
+
+
+def check_stages(engine: Engine, host: LocalStageHost) -> None:
+    """Every stage holds its slice of the layout in force, with as much KV as the scheduler uses, and nothing else."""
+    layout = engine._pipeline.layout
+    assert layout is not None
+    layers = {part.stage: tuple(part.layers) for part in layout.slices}
+    for name in engine._pipeline.stages:
+        core = host._alive[name].core
+        held = layers.get(name, ())
+        epochs = [engine._pipeline.epoch] if held else []
+        assert core.computer.model.layers == held, name
+        assert tuple(sorted(core._kv)) == held, name
+        assert list(core._assignments) == epochs, name
+        assert list(core._loop._routes) == epochs, name
+        assert (core._copies._giving, [t for t in core._copies._taking.values() if t]) == ({}, []), name
+        if held:
+            assert core._kv.num_blocks == engine._loop.scheduler.stats().num_blocks, name
+    alive = {thread.name for thread in threading.enumerate() if thread.name.startswith("stage-")}
+    assert {name for name in alive if not name.endswith("-control")} == set(engine._pipeline.stages)
+    assert {name for name, stage in host._alive.items() if not stage.is_over} == set(engine._pipeline.stages)
+
+
+def check_idle(engine: Engine, host: LocalStageHost, *, num_warm: int = 0) -> None:
+    """All of it, once the running refactoring is over."""
+    settle(engine)
+    check_scheduler(engine)
+    check_pipeline(engine, num_warm=num_warm)
+    check_stages(engine, host)
+
+
+def open_files() -> list[str]:
+    """What this process has open, sockets and all."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            found.append(os.readlink(link))
+        except FileNotFoundError:  # the one that lists them
+            continue
+    return sorted(found)
