@@ -35,8 +35,7 @@ class LocalMemory:
     def __init__(self, status: dict[str, Any]) -> None:
         pid = status["stages"][0]["pid"]
         try:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if status["stages"][0]["name"].encode() not in command:
+            if not _is_stage(pid):
                 raise ProcessLookupError(f"process {pid} is not the server's stage")
             self._parent = _field(pid, "PPid:")
             mapped = set(_SEGMENT.findall(Path(f"/proc/{pid}/maps").read_text()))
@@ -52,11 +51,7 @@ class LocalMemory:
 
     def num_stage_processes(self) -> int:
         """Processes that run a stage, warm ones included."""
-        num_stages = 0
-        for pid in self.pids():
-            with contextlib.suppress(OSError):
-                num_stages += b"StageActor" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        return num_stages
+        return sum(_is_stage(pid) for pid in self.pids())
 
     def segments(self) -> list[Path]:
         """KV files in shared memory."""
@@ -86,6 +81,14 @@ def peak_extra_bytes(samples: Iterable[Sample], *, before: Window, during: Windo
     low = [size for at_s, size in samples if before.start_s <= at_s <= before.end_s]
     high = [size for at_s, size in samples if during.start_s <= at_s <= during.end_s]
     return max(high) - max(low) if low and high else None
+
+
+def _is_stage(pid: int) -> bool:
+    # Ray writes the actor's class, and the method that runs, over the command line.
+    try:
+        return b"StageActor" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return False
 
 
 def _field(pid: int, name: str) -> int:

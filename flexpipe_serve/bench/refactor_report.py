@@ -227,7 +227,7 @@ def to_json(
                         "window": asdict(trial.window),
                         "before": asdict(trial.before),
                         "after": asdict(trial.after),
-                        "requested_s": trial.requested_s,
+                        "asked_s": trial.asked_s,
                         "switched_s": trial.switched_s,
                         "figures": asdict(assess([trial], times)),
                         "extra_memory_bytes": extra_memory(trial, samples.get(section.domain, [])),

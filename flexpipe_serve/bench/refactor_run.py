@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flexpipe_serve.async_handle import AsyncHandle, AsyncRefactorJob
+from flexpipe_serve.async_handle import AsyncHandle
 from flexpipe_serve.bench.arrivals import Arrival
 from flexpipe_serve.bench.client import Target
 from flexpipe_serve.bench.identity import Difference, find_difference
@@ -185,11 +185,11 @@ class Session:
                     step = replace(step, old=self._layout)
                 if before is None:
                     before = await _rest(rest_s)
-                record, window, requested_s = await self.refactor(step.new, mode=mode)
+                record, window, asked_s = await self.refactor(step.new, mode=mode)
                 await asyncio.sleep(_SETTLE_S)
                 after = await _rest(min(max(rest_s, window.seconds), _MAX_REST * rest_s))
                 section.trials.append(
-                    Trial(self.domain, mode, round_index, step, record, window, requested_s, before, after)
+                    Trial(self.domain, mode, round_index, step, record, window, asked_s, before, after)
                 )
                 self._say(f"{self.domain}, {mode}, round {round_index + 1}: {describe(step, record)}")
                 before = after
@@ -206,33 +206,34 @@ class Session:
             await asyncio.sleep(_SETTLE_S)
             after = await _rest(rest_s)
             section.trials = [
-                Trial(self.domain, CHURN, 0, step, record, window, requested_s, before, after)
-                for step, record, window, requested_s in done
+                Trial(self.domain, CHURN, 0, step, record, window, asked_s, before, after)
+                for step, record, window, asked_s in done
             ]
 
     async def refactor(self, boundaries: Boundaries, *, mode: str) -> tuple[RefactorRecord, Window, float]:
-        """Refactors, and waits for the end. A refused one has the record of its dry run."""
+        """Refactors, and waits for the end. A refused one has the record of its dry run.
+
+        Returns:
+            Its record, its window, and when it was asked for.
+        """
         offset_s = time.time() - time.perf_counter()
-        sent_s = time.perf_counter()
-        job = await self._ask(boundaries, mode=mode)
+        asked_s = time.perf_counter()
+        try:
+            job = await self.handle.refactor(boundaries=boundaries, mode=mode, reason="benchmark")
+        except RefactorBusyError:  # the record of the one before is closed a moment before it makes room
+            await asyncio.sleep(_POLL_S)
+            return await self.refactor(boundaries, mode=mode)
+        except RefactorRefusedError:
+            job = await self.handle.refactor(boundaries=boundaries, mode=mode, dry_run=True)
         answered_s = time.perf_counter()
         record = await job.record()
         while not record.is_over:
             await asyncio.sleep(_POLL_S)
             record = await job.record()
-        window, requested_s = refactoring_window(record, sent_s=sent_s, answered_s=answered_s, clock_offset_s=offset_s)
+        window = refactoring_window(record, asked_s=asked_s, answered_s=answered_s, clock_offset_s=offset_s)
         # Not what was asked for: it may have been aborted, or recovered.
         self._layout = tuple((await self.handle.status())["layout"]["boundaries"])
-        return record, window, requested_s
-
-    async def _ask(self, boundaries: Boundaries, *, mode: str) -> AsyncRefactorJob:
-        while True:
-            try:
-                return await self.handle.refactor(boundaries=boundaries, mode=mode, reason="benchmark")
-            except RefactorBusyError:  # the record of the one before is closed a moment before it makes room
-                await asyncio.sleep(_POLL_S)
-            except RefactorRefusedError:
-                return await self.handle.refactor(boundaries=boundaries, mode=mode, dry_run=True)
+        return record, window, asked_s
 
     @contextlib.asynccontextmanager
     async def _sampled(self) -> AsyncIterator[None]:

@@ -22,7 +22,8 @@ class Trial:
         round: which repetition.
         step: the layouts.
         record: the server's.
-        window: from the request to the end.
+        window: from when the server began to the end.
+        asked_s: when the request was sent.
         requested_s: when the server began to count.
         before: at rest on the old layout.
         after: at rest on the new one.
@@ -34,9 +35,14 @@ class Trial:
     step: Step
     record: RefactorRecord
     window: Window
-    requested_s: float
+    asked_s: float
     before: Window
     after: Window
+
+    @property
+    def requested_s(self) -> float:
+        """When the server began."""
+        return self.window.start_s
 
     @property
     def switched_s(self) -> float | None:
@@ -51,22 +57,20 @@ class Trial:
         return self.record.outcome is Outcome.DONE
 
 
-def refactoring_window(
-    record: RefactorRecord, *, sent_s: float, answered_s: float, clock_offset_s: float
-) -> tuple[Window, float]:
-    """The refactoring's window, and when the server began to count, on the client's clock.
+def refactoring_window(record: RefactorRecord, *, asked_s: float, answered_s: float, clock_offset_s: float) -> Window:
+    """The refactoring's window on the client's clock.
 
     The request was received between being sent and being answered; so a server whose clock differs from ours is
     mistaken by no more than that.
 
     Args:
         record: of a refactoring that is over.
-        sent_s: client's clock before the request.
+        asked_s: client's clock before the request.
         answered_s: client's clock after its answer.
         clock_offset_s: Unix time minus the client's clock.
     """
-    requested_s = min(max(record.requested_at - clock_offset_s, sent_s), answered_s)
-    return Window(sent_s, requested_s + record.seconds), requested_s
+    requested_s = min(max(record.requested_at - clock_offset_s, asked_s), answered_s)
+    return Window(requested_s, requested_s + record.seconds)
 
 
 @dataclass(frozen=True, slots=True)

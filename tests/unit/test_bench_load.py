@@ -152,7 +152,7 @@ def test_memory_of_local_stages() -> None:
     size = 50 << 20
     code = f"import sys; held = bytearray(b'x') * {size}; print('up', flush=True); sys.stdin.read()"
     with subprocess.Popen(
-        [sys.executable, "-c", code, "stage-0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", code, "ray::StageActor"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
         assert child.stdout is not None
         assert child.stdin is not None
@@ -160,6 +160,7 @@ def test_memory_of_local_stages() -> None:
         status = {"stages": [{"name": "stage-0", "pid": child.pid}]}
         memory = LocalMemory(status)
         assert child.pid in memory.pids()
+        assert memory.num_stage_processes() == 1
         held = memory.total_bytes()
         child.stdin.close()
         child.wait()
