@@ -79,6 +79,8 @@ class Pipeline:
             self.end(name)
         launches = {name: self.launch(name) for name in layout.stages}
         reports = self._gather(launches, _START_S)
+        for future in launches.values():
+            self._note_endpoint(future)  # its own callback may still be on the way
         # A stage adopted from an earlier Router has seen that one's epochs.
         self._last_epoch = max(self._last_epoch, *(r.epoch for r in reports.values()))
         epoch = self.new_epoch()
@@ -129,6 +131,7 @@ class Pipeline:
         """End a stage and everything it holds; unknown ones are ignored."""
         with self._lock:
             stage = self._stages.pop(name, None)
+            self._endpoints.pop(name, None)
             self._expected_ends.add(name)
         if stage is not None:
             stage.stop()
@@ -139,6 +142,7 @@ class Pipeline:
         """A stage is lost: the next launch makes a new one of that name."""
         with self._lock:
             self._stages.pop(name, None)
+            self._endpoints.pop(name, None)
 
     def stage(self, name: str) -> StageHandle:
         """Grip on a stage.
@@ -164,13 +168,14 @@ class Pipeline:
         return self.layout is not None and set(self.stages) >= set(self.layout.stages)
 
     def reports(self) -> dict[str, StageReport]:
-        """States of all stages alive; asking is also the Router's sign of life to them.
+        """States of all stages that are up; asking is also the Router's sign of life to them.
 
         Raises:
             EngineUnavailableError: a stage does not answer.
         """
         with self._lock:
-            stages = dict(self._stages)
+            # One that is still starting would keep all others waiting.
+            stages = {name: stage for name, stage in self._stages.items() if name in self._endpoints}
         return self._gather({name: stage.report() for name, stage in stages.items()}, _REPORT_S)
 
     def new_epoch(self) -> int:
@@ -221,7 +226,9 @@ class Pipeline:
     def _note_endpoint(self, answer: Future[StageReport]) -> None:
         if answer.exception() is None:
             report = answer.result()
-            self._endpoints[report.name] = report.endpoint
+            with self._lock:
+                if report.name in self._stages:
+                    self._endpoints[report.name] = report.endpoint
 
     @staticmethod
     def _gather(futures: Mapping[str, Future[_T]], timeout_s: float) -> dict[str, _T]:

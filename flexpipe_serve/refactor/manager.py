@@ -207,7 +207,7 @@ class RefactorManager:
             )
             for name, r in reports.items()
         }
-        for name in new.stages:
+        for name in {*new.stages, *self._pipeline.stages}:
             if name not in reports:
                 stages[name] = self._to_be_launched(name, reports, budgets)
         kept = len([name for name in spare if name not in new.stages])
