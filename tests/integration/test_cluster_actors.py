@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from served import alive_after, shared_folder, wait_until
+from stage_calls import check_calls
 
 from flexpipe_serve.pipeline.ray_host import RayStageHost
 from flexpipe_serve.pipeline.stage_types import StageSetup
@@ -65,3 +66,7 @@ def test_a_stage_without_a_router_ends_itself_and_leaves_nothing(app: str, setup
     watch.result(20)  # told before the process goes
     wait_until(lambda: not folder.exists(), timeout_s=10, what="the folder's end")
     assert not alive_after([process], timeout_s=20)
+
+
+def test_long_calls_do_not_hold_up_others_and_errors_keep_their_type(app: str, setup: StageSetup) -> None:
+    check_calls(RayStageHost(app), setup)
