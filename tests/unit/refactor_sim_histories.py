@@ -24,7 +24,7 @@ def draw(seed: int) -> History:
     ops += [_refactor(rng, num_layers) for _ in range(rng.choice([1, 1, 1, 2, 3]))]
     is_hurried = rng.random() < 0.15
     if is_hurried:
-        ops += _second_thoughts(rng, num_layers)
+        ops += _second_thoughts(rng)
     for _ in range(rng.choice([0, 1, 1, 2, 2, 3])):
         ops.append(_disturbance(rng))
     for _ in range(rng.choice([0, 0, 0, 1, 1, 2])):
@@ -32,7 +32,7 @@ def draw(seed: int) -> History:
     return History(
         seed=seed,
         num_layers=num_layers,
-        boundaries=_boundaries(rng, num_layers),
+        boundaries=tuple(range(1, num_layers)) if is_hurried else _boundaries(rng, num_layers),
         domains=rng.choice(["shared", "private", "private", "nodes"]),
         num_blocks=rng.randint(10, 18),
         has_pool=rng.random() < 0.5,
@@ -105,16 +105,14 @@ def _refactor(rng: Random, num_layers: int) -> Op:
     return Op(rng.randrange(_SPAN), None, "refactor", args)
 
 
-def _second_thoughts(rng: Random, num_layers: int) -> list[Op]:
+def _second_thoughts(rng: Random) -> list[Op]:
     """A refactoring that is cancelled while blocks move down, and another one at once."""
     start = rng.randrange(20, 100)
-    first, second = _refactor(rng, num_layers), _refactor(rng, num_layers)
-    busy = [_add(rng, after=0) for _ in range(5)]
     return [
-        *busy,
-        replace(first, after=start, args=(first.args[0], "live", 1.0, 0)),
+        *(Op(0, None, "add", ((token,) * rng.randint(1, 7), rng.randint(4, 13))) for token in range(5)),
+        Op(start, None, "refactor", ((), "live", 1.0, 0)),
         Op(rng.randrange(8), Phase.PREPARE, "cancel"),
-        replace(second, after=start + 1, args=(second.args[0], "live", 0.0, 2)),
+        Op(start + 1, None, "refactor", ((), "live", 0.0, 2)),
     ]
 
 

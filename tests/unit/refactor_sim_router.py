@@ -74,7 +74,7 @@ class ModelRouter:
         self.scheduler.add(seq)
         self.sequences.append(seq)
         self._texts[seq] = []
-        self.fill()
+        self._after()
 
     def abort(self, index: int) -> None:
         if self.sequences:
@@ -176,12 +176,16 @@ class ModelRouter:
         self.patching_epoch = None
 
     def _after(self) -> None:
+        self._check_conditions()
+        self.fill()
+        self._check_conditions()  # scheduling a step may drop the last cached block that had to move
+
+    def _check_conditions(self) -> None:
         for condition, call in list(self._conditions):
             answer = condition()
             if answer:
                 self._conditions.remove((condition, call))
                 self._send("coordinator", "answer", call, *(answer if isinstance(answer, tuple) else (None,)))
-        self.fill()
 
     # ------------------------------------------------------------------ steps
 

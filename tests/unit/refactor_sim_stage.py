@@ -1,4 +1,4 @@
-"""A model stage: real givers and takers of KV, model layers whose KV says which token of which text was written.
+"""A model stage: real givers and takers of KV and a real queue of steps, but model layers.
 
 KV of a layer is an int32 segment in the real shape; a token's key is a number that stands for the whole text up to it,
 plus the layer's own number, and its value is the negative of that. So whatever a step reads that is wrong, stale,
@@ -7,7 +7,7 @@ from another layer or not there is seen.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from refactor_sim_network import InvariantError
 from flexpipe_serve.errors import CopyError
 from flexpipe_serve.kv.transfer import KVGiver, KVTaker
 from flexpipe_serve.pipeline.messages import CopyHeader, PatchHeader, StepBatch, decode_header
+from flexpipe_serve.pipeline.step_queue import StepQueue
 
 BLOCK_SIZE = 2
 LAYER_NUMBER = 40503
@@ -103,8 +104,7 @@ class ModelStage:
         self._released: set[int] = set()
         self._broken: dict[int, str] = {}
         self._waiters: list[Waiter] = []
-        self._steps: dict[int, deque[ModelStep]] = {}
-        self._inputs: dict[tuple[int, int], bool] = {}
+        self._queues: dict[int, StepQueue[ModelStep, bool]] = {}
         self._last_step: dict[int, int] = {}
         self._late: dict[int, tuple[PatchHeader, Any]] = {}
         self.seen: Counter[str] = Counter()
@@ -142,7 +142,7 @@ class ModelStage:
             segment.mappers.add(self.name)
             self.segments[layer] = segment
         self.routes[route.epoch] = route
-        self._steps[route.epoch] = deque()
+        self._queues[route.epoch] = StepQueue(needs_input=not route.is_first)
         self.takers[route.epoch] = [
             KVTaker(epoch=route.epoch, source=source, target=self.name, layers=layers, kv=self._kv)
             for source, layers in route.incoming
@@ -160,8 +160,7 @@ class ModelStage:
     def release(self, epoch: int) -> None:
         self._released.add(epoch)
         self.routes.pop(epoch, None)
-        self._steps.pop(epoch, None)
-        self._inputs = {key: value for key, value in self._inputs.items() if key[0] != epoch}
+        self._queues.pop(epoch, None)
         self.takers.pop(epoch, None)
         self._broken.pop(epoch, None)
         self.givers = [g for g in self.givers if epoch not in (g.epoch, g.old_epoch)]
@@ -196,14 +195,15 @@ class ModelStage:
         getattr(self, f"_on_{kind}")(*message)
 
     def _on_step(self, step: ModelStep) -> None:
-        epoch = step.batch.header.epoch
-        if epoch in self.routes:
-            self._steps[epoch].append(step)
-            self._run(self.routes[epoch])
+        header = step.batch.header
+        if header.epoch in self.routes:
+            queue = self._queues[header.epoch]
+            queue.add_step(header.step, step, patched_through=header.patched_through, now=0.0)
+            self._run(self.routes[header.epoch])
 
     def _on_hidden(self, epoch: int, step: int, is_alright: bool) -> None:
         if epoch in self.routes:
-            self._inputs[epoch, step] = is_alright
+            self._queues[epoch].add_input(step, is_alright, now=0.0)
             self._run(self.routes[epoch])
 
     def _on_copy(self, header: CopyHeader, blocks: np.ndarray) -> None:
@@ -270,23 +270,16 @@ class ModelStage:
 
     def _run(self, route: Route) -> None:
         """Run what can be run of an epoch, in the order sent."""
-        steps = self._steps[route.epoch]
-        while steps:
-            step = steps[0]
-            header = step.batch.header
-            key = (header.epoch, header.step)
-            if not route.is_first and key not in self._inputs:
-                return
-            if not self._may_run(header.epoch, header.patched_through):
-                self.seen["steps held for a patch"] += 1
-                return
-            steps.popleft()
-            self._execute(route, step, is_alright=self._inputs.pop(key, True))
+        queue = self._queues[route.epoch]
+        while ready := queue.pop(lambda step: self._is_patched(route.epoch, step), now=0.0):
+            self._execute(route, ready.step, is_alright=ready.given is not False)
 
-    def _may_run(self, epoch: int, patched_through: int) -> bool:
-        if not patched_through or "no patch gate" in self._bugs:
+    def _is_patched(self, epoch: int, step: int) -> bool:
+        if not step or "no patch gate" in self._bugs:
             return True
-        return all(taker.reached(patched_through) for taker in self.takers[epoch])
+        is_patched = all(taker.reached(step) for taker in self.takers[epoch])
+        self.seen["steps held for a patch"] += not is_patched
+        return is_patched
 
     def _execute(self, route: Route, step: ModelStep, *, is_alright: bool) -> None:
         header = step.batch.header

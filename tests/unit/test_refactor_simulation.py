@@ -1,7 +1,9 @@
 """Thousands of histories of refactorings in a simulated world, and planted bugs that it must find.
 
-Real are the protocol's machine, the scheduler with its block manager, and both ends of a KV copy; model are stages,
-channels, the engine loop around the scheduler and the I/O around the machine. Checked in every history:
+Real are the protocol's machine, the scheduler with its block manager, both ends of a KV copy and the stages' queues of
+steps; model are stages, channels, the engine loop around the scheduler and the I/O around the machine.
+
+Checked in every history:
 
 * every step reads, in every layer, exactly the KV of its own text, and goes through all layers in order, each once;
 * no patch of an old step overwrites what a step of the new epoch wrote;
@@ -41,7 +43,7 @@ PLANTED_BUGS = (
     "an abort forgets who gives",
     "late copies begin",
 )
-MAX_SEEDS = 2500
+MAX_SEEDS = 600
 """In which each of them must be found."""
 
 
