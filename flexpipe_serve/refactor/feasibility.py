@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -205,7 +206,7 @@ def _verdict(
     domain = min(fit, key=lambda d: fit[d])
     members = [f for f in footprints if f.domain == domain]
     numbers = (
-        f"domain {domain!r} has {budgets[domain] / 2**20:.0f} MiB, of which weights take"
+        f"domain {_short(domain)!r} has {budgets[domain] / 2**20:.0f} MiB, of which weights take"
         f" {sum(f.weights_bytes for f in members) / 2**20:.0f} MiB and processes"
         f" {sum(f.overhead_bytes for f in members) / 2**20:.0f} MiB while the refactoring runs, and a KV block of its"
         f" {sum(f.num_layers for f in members)} layers {sum(f.num_layers for f in members) * block_bytes / 2**20:.2f}"
@@ -219,3 +220,8 @@ def _verdict(
     if num_during < demand.num_blocks:
         return FITS_AFTER_SHRINKING, f"KV shrinks from {demand.num_blocks} to {num_during} blocks meanwhile: {numbers}."
     return FITS, f"All {demand.num_blocks} KV blocks stay: {numbers}."
+
+
+def _short(domain: str) -> str:
+    """For people: Ray's node ids have 56 digits."""
+    return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{48}\b", "\\1…", domain)
