@@ -242,6 +242,7 @@ class BlockManagerHistories(RuleBasedStateMachine):
     def take_moves(self, max_moves: int) -> None:
         moves = self.manager.take_moves([table for _, table in self.live], max_moves=max_moves)
         assert len(moves) <= max_moves
+        assert moves or not set(self.manager.in_use()) - set(range(self.manager.num_blocks))
         self.unfinished.append(moves)
         for source, target in moves:
             assert source >= self.manager.num_blocks > target
@@ -256,7 +257,7 @@ class BlockManagerHistories(RuleBasedStateMachine):
     def grow(self, num_more: int) -> None:
         before = self.state()
         self.manager.grow(self.manager.num_blocks + num_more)
-        assert self.state()[2:] == before[2:]
+        assert self.state()[3:] == before[3:]
 
     def state(self) -> tuple[int, int, int, int, list[int]]:
         manager = self.manager
@@ -271,9 +272,9 @@ class BlockManagerHistories(RuleBasedStateMachine):
             return
         unfinished = tuple(move for moves in self.unfinished for move in moves)
         self.manager.check_integrity((table for _, table in self.live), unfinished)
-        in_use = self.manager.in_use().tolist()
-        assert len(in_use) == self.manager.num_used + self.manager.num_cached
         if self.manager.is_shrunk:
+            in_use = self.manager.in_use().tolist()
+            assert len(in_use) == self.manager.num_used + self.manager.num_cached
             assert all(block < self.manager.num_blocks for block in in_use)
         for tokens, table in self.live:
             for index in range(len(table)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from flexpipe_serve.errors import RefactorRefusedError
@@ -85,8 +87,8 @@ def test_cached_blocks_move_while_there_is_room_and_keep_their_turn_to_be_evicte
         manager.release(tables[index])
     manager.shrink(4)
     assert counts(manager) == (4, 0, 4, 0)
-    assert [t for t in range(10, 16) if not cached_blocks(manager, [t])] == [10, 15]  # the two oldest
     moves = manager.take_moves([], max_moves=8)
+    assert [t for t in range(10, 16) if not cached_blocks(manager, [t])] == [10, 15]  # the two oldest
     assert moves == ((4, 0),)  # block 5 had the oldest, block 0 the next
     manager.finish_moves(moves)
     manager.check_integrity([])
@@ -113,6 +115,36 @@ def test_what_is_allocated_in_a_shrink_leaves_every_high_block_a_place() -> None
     assert {source for source, _ in moves} == {6, 7}
     manager.finish_moves(moves)
     manager.check_integrity([high, new])
+
+
+def test_much_that_no_longer_fits_goes_little_by_little() -> None:
+    manager = make_manager(1000)
+    tables = [compute(manager, [token]) for token in range(1000)]
+    random.Random(0).shuffle(tables)
+    for table in tables:
+        manager.release(table)
+    manager.shrink(600)
+    num_in_use = [1000]
+    while not manager.is_shrunk:
+        assert counts(manager) == (600, 0, 600, 0)
+        moves = manager.take_moves([], max_moves=3)
+        assert 1 <= len(moves) <= 3
+        manager.check_integrity([], moves)
+        manager.finish_moves(moves)
+        num_in_use.append(len(manager.in_use()))
+    assert num_in_use[:8] == [1000, 936, 872, 808, 744, 680, 616, 600]
+    assert num_in_use[-1] == 600
+
+
+def test_a_batch_moves_something_though_much_has_to_go_first() -> None:
+    manager = make_manager(1000)
+    low, high, highest = compute(manager, list(range(600))), compute(manager, list(range(600, 999))), Int32Vector()
+    manager.release(high)
+    manager.release(low)
+    manager.allocate(1, highest)
+    manager.shrink(600)
+    assert manager.take_moves([highest], max_moves=8) == ((999, 599),)
+    manager.check_integrity([highest], ((999, 599),))
 
 
 def test_a_high_block_given_back_is_not_handed_out_and_need_not_move() -> None:
@@ -222,10 +254,11 @@ def test_blocks_in_use_are_the_used_and_the_cached_ones() -> None:
     manager.release(free)
     found = manager.in_use()
     assert (found.tolist(), found.dtype) == ([0, 1, 2, 3], "int32")
-    manager.shrink(4)
-    assert manager.in_use().tolist() == [0, 1, 2, 3]
+    manager.shrink(3)
+    assert manager.take_moves([used], max_moves=8) == ((3, 1),)
+    assert manager.in_use().tolist() == [0, 1, 2]
     manager.release(used)
-    assert manager.in_use().tolist() == [0, 1, 2, 3]
+    assert manager.in_use().tolist() == [0, 1, 2]
 
 
 def test_check_integrity_sees_lost_moves() -> None:

@@ -52,7 +52,10 @@ class History:
         name = "reset" if self.rng.random() < 0.01 else self.rng.choices([*_ACTIONS], [*_ACTIONS.values()])[0]
         getattr(self, name)()
         stats = self.sim.scheduler.stats()
-        assert len(self.sim.scheduler.blocks_in_use()) == stats.num_used_blocks + stats.num_cached_blocks
+        if self.sim.scheduler.is_shrunk:
+            in_use = self.sim.scheduler.blocks_in_use()
+            assert len(in_use) == stats.num_used_blocks + stats.num_cached_blocks
+            assert (in_use < stats.num_blocks).all()
         num_kv_tokens = stats.num_blocks * self.sim.pipeline.block_size
         self.has_waited_for_growth |= any(
             not seq.is_finished and seq.num_output_tokens and len(seq.tokens) > num_kv_tokens
