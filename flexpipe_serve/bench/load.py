@@ -61,6 +61,10 @@ class _Call:
     def has_token(self) -> bool:
         return any(b"data: " in data for _, data in self.recording.arrivals)
 
+    def is_silent(self, since_s: float) -> bool:
+        arrivals, is_over = self.recording.arrivals, self.end_s < math.inf
+        return not is_over and self.recording.sent_s < since_s and (not arrivals or arrivals[-1][0] < since_s)
+
 
 @dataclass(slots=True)
 class SteadyLoad:
@@ -96,6 +100,18 @@ class SteadyLoad:
             while len({call.slot for call in self._calls if call.has_token}) < self.concurrency:
                 if any(call.recording.failure for call in self._calls):
                     break
+                await asyncio.sleep(_POLL_S)
+
+    async def wait_for_tokens(self, since_s: float) -> None:
+        """Returns when every stream that was sent before has said something since, or ended.
+
+        Raises:
+            TimeoutError: one did neither in ``timeout_s``.
+        """
+        async with asyncio.timeout(self.timeout_s):
+            while True:
+                if not any(call.is_silent(since_s) for call in self._calls):
+                    return
                 await asyncio.sleep(_POLL_S)
 
     async def stop(self) -> list[StreamRecord]:

@@ -28,6 +28,7 @@ STALLED_S = 3.0
 
 _SETTLE_S = 0.5
 """Between a refactoring and the window at rest behind it."""
+_POOL_S = 60.0
 _POLL_S = 0.5
 """Seldom: every look costs both sides CPU in the window that is measured."""
 _MAX_REST = 3
@@ -122,6 +123,7 @@ class Session:
         self._say = say
         self.sections: list[Section] = []
         self._layout: Boundaries = ()
+        self._num_warm = 0
 
     async def prepare(self) -> dict[str, Any]:
         """Computes the reference outputs, on the server at rest. Returns its status.
@@ -145,10 +147,12 @@ class Session:
             if request.error is not None:
                 raise ConfigError(f"{self._target.url} cannot do the load at rest: {request.error}")
         self.reference = [request.pieces for request in wave.requests]
+        status = await self.handle.status()
+        self._num_warm = len(status["warm_stages"])
         return status
 
     @contextlib.asynccontextmanager
-    async def loaded(self, name: str, round_index: int) -> AsyncIterator[Section]:
+    async def loaded(self, name: str, round_index: int) -> AsyncIterator[tuple[Section, SteadyLoad]]:
         """The load, while the context lasts; afterwards the section has all about its streams."""
         section = Section(self.domain, name, round_index)
         load = SteadyLoad(
@@ -164,7 +168,7 @@ class Session:
             await load.start()
             await asyncio.sleep(_SETTLE_S)
             async with self._sampled():
-                yield section
+                yield section, load
         finally:
             section.streams = await load.stop()
             section.num_stalled = len(find_stalled(section.streams, after_s=STALLED_S))
@@ -175,18 +179,18 @@ class Session:
 
     async def run(self, steps: Sequence[Step], *, mode: str, round_index: int, rest_s: float) -> None:
         """Measures each step, with a window at rest before and behind it."""
-        async with self.loaded(mode, round_index) as section:
+        async with self.loaded(mode, round_index) as (section, load):
             before: Window | None = None
             for step in steps:
                 if self._layout != step.old:
                     await self.refactor(step.old, mode=Mode.LIVE)
-                    await asyncio.sleep(_SETTLE_S)
+                    await self._settle(load)
                     before = None
                     step = replace(step, old=self._layout)
                 if before is None:
                     before = await _rest(rest_s)
                 record, window, asked_s = await self.refactor(step.new, mode=mode)
-                await asyncio.sleep(_SETTLE_S)
+                await self._settle(load)
                 after = await _rest(min(max(rest_s, window.seconds), _MAX_REST * rest_s))
                 section.trials.append(
                     Trial(self.domain, mode, round_index, step, record, window, asked_s, before, after)
@@ -196,19 +200,30 @@ class Session:
 
     async def churn(self, steps: Iterable[Step], *, rest_s: float) -> None:
         """Carries the steps out back to back, with one window at rest before and one behind all of them."""
-        async with self.loaded(CHURN, 0) as section:
+        async with self.loaded(CHURN, 0) as (section, load):
             before = await _rest(rest_s)
             done: list[tuple[Step, RefactorRecord, Window, float]] = []
             for index, step in enumerate(steps):
                 step = replace(step, old=self._layout)
                 done.append((step, *await self.refactor(step.new, mode=Mode.LIVE)))
                 self._say(f"{self.domain}, churn {index + 1}: {describe(step, done[-1][1])}")
-            await asyncio.sleep(_SETTLE_S)
+            await self._settle(load)
             after = await _rest(rest_s)
             section.trials = [
                 Trial(self.domain, CHURN, 0, step, record, window, asked_s, before, after)
                 for step, record, window, asked_s in done
             ]
+
+    async def _settle(self, load: SteadyLoad) -> None:
+        """After a refactoring, until all is as at rest: replayed streams have caught up, and the pool is full again; a
+        stage that starts in it takes CPU which would make rest look worse than it is."""
+        await load.wait_for_tokens(time.perf_counter())
+        deadline = time.monotonic() + _POOL_S
+        while time.monotonic() < deadline:
+            if len((await self.handle.status())["warm_stages"]) >= self._num_warm:
+                break
+            await asyncio.sleep(_POLL_S)
+        await asyncio.sleep(_SETTLE_S)
 
     async def refactor(self, boundaries: Boundaries, *, mode: str) -> tuple[RefactorRecord, Window, float]:
         """Refactors, and waits for the end. A refused one has the record of its dry run.

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -87,6 +88,17 @@ async def test_a_stream_given_up_keeps_what_it_said() -> None:
         streams = await load.stop()
     assert [(stream.pieces, stream.was_ended, stream.error) for stream in streams] == [(("x",), True, None)] * 2
     assert [stream.slot for stream in streams] == [0, 1]
+
+
+async def test_waiting_for_every_stream() -> None:
+    async with serving(SlowServer()) as target:
+        load = SteadyLoad(target, PROMPTS, concurrency=2, num_tokens=5, spread=False)
+        await load.start()
+        load.timeout_s = 0.1  # not of the streams, which have begun
+        await load.wait_for_tokens(0.0)
+        with pytest.raises(TimeoutError):
+            await load.wait_for_tokens(time.perf_counter())
+        await load.stop()
 
 
 async def test_failures_are_kept_with_their_reason() -> None:
