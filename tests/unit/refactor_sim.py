@@ -143,13 +143,15 @@ class World:
     def _step(self) -> bool:
         self._note_phase()
         for op in self._ops:
-            since = self._phase_since if op.phase else 0
-            if op.phase in (None, self._phase) and self.num_events >= since + op.after and self._do(op):
+            if op.phase is not None and op.phase is not self._phase:
+                continue
+            since = 0 if op.phase is None else self._phase_since
+            if self.num_events >= since + op.after and self._do(op):
                 self._ops.remove(op)
                 self.trace.append((self.num_events, op))
                 return True
         self.router.now += 1
-        givers = [s for s in self.stages.values() if s.has_chunk(self.router.now)]
+        givers = [s for s in self.stages.values() if s.givers and s.has_chunk(self.router.now)]
         if givers and self._rng.random() < 0.2:
             self._rng.choice(givers).send_chunk(self.router.now)
             return True
