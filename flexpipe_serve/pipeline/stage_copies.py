@@ -53,6 +53,7 @@ class StageCopies:
         """By new epoch and source."""
         self._num_bytes: dict[int, tuple[int, int]] = {}
         """Of copies that are over."""
+        self._forgotten: set[int] = set()
         self._changed = threading.Condition()
 
     # ------------------------------------------------------------------ taking
@@ -124,11 +125,14 @@ class StageCopies:
     # ------------------------------------------------------------------ giving
 
     def give(self, header: CopyHeader, buffers: Sequence[Frame], *, last_step: int) -> None:
-        """Begin to give layers away.
+        """Begin to give layers away; not for an epoch that is forgotten already: the word to copy comes with the steps
+        and may be overtaken by the release of an abort.
 
         Args:
             last_step: last step of the old epoch that this stage executed.
         """
+        if header.epoch in self._forgotten:
+            return
         (blocks,) = buffers
         giver = KVGiver(
             header,
@@ -182,6 +186,7 @@ class StageCopies:
 
     def forget(self, epoch: int) -> None:
         """Drop all that is given by or to ``epoch`` and all that it takes, and end what newer ones took from it."""
+        self._forgotten.add(epoch)
         for key, giving in list(self._giving.items()):
             if epoch in (giving.giver.epoch, giving.giver.old_epoch):
                 self._drop(key)
