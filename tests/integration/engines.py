@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,19 @@ from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.pipeline.layout import Layout, even_boundaries, make_layout
 from flexpipe_serve.pipeline.local_host import LocalStageHost
-from flexpipe_serve.pipeline.stage_types import StageHost
+from flexpipe_serve.pipeline.stage_types import StageHandle, StageHost, StageSetup
+
+
+class LinearHost(LocalStageHost):
+    """Stages in threads with one kind of linear map: 'native' ones compute every row by itself; the bits of the 'plain'
+    ones, which are torch's own, depend on what else is in a step."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self._kind = kind
+
+    def launch(self, setup: StageSetup) -> StageHandle:
+        return super().launch(replace(setup, linear=self._kind))
 
 
 def even_layout(num_layers: int, num_stages: int) -> Layout:

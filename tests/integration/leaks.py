@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from pathlib import Path
@@ -65,7 +66,7 @@ def check_stages(engine: Engine, host: LocalStageHost) -> None:
         assert tuple(sorted(core._kv)) == held, name
         assert list(core._assignments) == epochs, name
         assert list(core._loop._routes) == epochs, name
-        assert (core._copies._giving, [t for t in core._copies._taking.values() if t]) == ({}, []), name
+        assert (core._copies._giving, list(core._copies._taking)) == ({}, epochs), name
         if held:
             assert core._kv.num_blocks == engine._loop.scheduler.stats().num_blocks, name
     alive = {thread.name for thread in threading.enumerate() if thread.name.startswith("stage-")}
@@ -81,12 +82,12 @@ def check_idle(engine: Engine, host: LocalStageHost, *, num_warm: int = 0) -> No
     check_stages(engine, host)
 
 
-def open_files() -> list[str]:
-    """What this process has open, sockets and all."""
+def shared_files(engine: Engine) -> list[str]:
+    """What this process has open in the application's folder, also of what was removed from it."""
     found = []
     for link in Path("/proc/self/fd").iterdir():
-        try:
-            found.append(os.readlink(link))
-        except FileNotFoundError:  # the one that lists them
-            continue
+        with contextlib.suppress(FileNotFoundError):  # the one that lists them
+            target = os.readlink(link)
+            if target.startswith(str(engine._pipeline._folder.path)):
+                found.append(target)
     return sorted(found)

@@ -1,10 +1,17 @@
-"""Seeded requests of every kind, for tests in which a pipeline changes under load."""
+"""Seeded requests of every kind, and a load made of them, for tests in which a pipeline changes meanwhile."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import itertools
 import random
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from flexpipe_serve.engine.engine import Engine
+from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.sampling_params import SamplingParams
 
 VOCAB = range(3, 131)
@@ -57,3 +64,124 @@ def _make_request(rng: random.Random, request_id: str, beginnings: list[list[int
         priority=rng.choice((0, 0, 0, 1)),
         abort_after=rng.randrange(1, 40) if rng.random() < 0.15 else None,
     )
+
+
+Transcript = list[list[tuple[object, ...]]]
+"""For each sequence of a request: prompt's log probabilities, each token with its own, and how it ended."""
+
+
+async def _serve(engine: Engine, request: Request, *, request_id: str, may_leave: bool) -> Transcript:
+    outputs: list[list[SequenceOutput]] = [[] for _ in range(request.n)]
+    num_left = request.abort_after if may_leave else None
+    stream = engine.generate(
+        request_id=request_id,
+        prompt_token_ids=request.prompt,
+        params=request.params,
+        n=request.n,
+        priority=request.priority,
+    )
+    async with contextlib.aclosing(stream):
+        async for output in stream:
+            outputs[output.index].append(output)
+            if num_left is not None:
+                num_left -= 1
+                if num_left == 0:
+                    break
+    return [_transcript(sequence) for sequence in outputs]
+
+
+def _transcript(outputs: Sequence[SequenceOutput]) -> list[tuple[object, ...]]:
+    rows: list[tuple[object, ...]] = [tuple(output.prompt_logprobs or ()) for output in outputs[:1]]
+    rows += [output.logprobs for output in outputs if output.logprobs]
+    if outputs and outputs[-1].finish_reason is not None:
+        rows.append((outputs[-1].finish_reason, outputs[-1].stop_reason, outputs[-1].error))
+    return rows
+
+
+def serve_all(engine: Engine, requests: Sequence[Request]) -> dict[str, Transcript]:
+    """What comes of ``requests`` when they are served together and nobody leaves, by request."""
+
+    async def run() -> list[Transcript]:
+        return await asyncio.gather(*(_serve(engine, r, request_id=r.id, may_leave=False) for r in requests))
+
+    return {request.id: found for request, found in zip(requests, asyncio.run(run()), strict=True)}
+
+
+def _check(request: Request, found: Transcript, expected: Transcript) -> None:
+    for index, rows in enumerate(zip(found, expected, strict=True)):
+        for at, (got, wanted) in enumerate(itertools.zip_longest(*rows)):
+            assert got == wanted, f"row {at} of sequence {index} is {got}, not {wanted}: {request}"
+
+
+class Load:
+    """Serves ``requests`` over and over, in random order, and compares what comes of them with what is ``expected``."""
+
+    def __init__(
+        self, engine: Engine, requests: Sequence[Request], expected: Mapping[str, Transcript], *, num_clients: int
+    ) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._expected = expected
+        self._num_clients = num_clients
+        self._stopping = False
+        self._begun = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="load")
+        self.num_served = 0
+        """Requests answered in full."""
+        self.num_left = 0
+        """Requests that their client gave up."""
+
+    def start(self) -> None:
+        """Begin; returns when the first request is served."""
+        self._thread.start()
+        self._begun.wait()
+
+    def stop(self) -> None:
+        """Let the requests under way end. Raises what went wrong."""
+        self._stopping = True
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._run_clients())
+        except BaseException as error:  # thread edge: stop() raises it
+            self._error = error
+        finally:
+            self._begun.set()
+
+    async def _run_clients(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for number in range(self._num_clients):
+                group.create_task(self._run_client(number))
+
+    async def _run_client(self, number: int) -> None:
+        rng = random.Random(number)
+        for count in itertools.count():
+            request = rng.choice(self._requests)
+            found = await _serve(self._engine, request, request_id=f"{number}-{count}", may_leave=True)
+            expected = self._expected[request.id]
+            if request.abort_after is None:
+                _check(request, found, expected)
+                self.num_served += 1
+            else:
+                _check(request, found, [e[: len(f)] for f, e in zip(found, expected, strict=True)])
+                self.num_left += 1
+            self._begun.set()
+            if self._stopping:
+                return
+
+
+@contextlib.contextmanager
+def load(
+    engine: Engine, requests: Sequence[Request], expected: Mapping[str, Transcript], *, num_clients: int = 8
+) -> Iterator[Load]:
+    """A load for the time of the block; every answer was as expected."""
+    running = Load(engine, requests, expected, num_clients=num_clients)
+    running.start()
+    try:
+        yield running
+    finally:
+        running.stop()

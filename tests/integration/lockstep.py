@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from engines import running_engine
+from engines import LinearHost, running_engine
 from loads import Request, make_requests
 
 from flexpipe_serve.engine.engine import Engine
 from flexpipe_serve.engine.request import Sequence as EngineSequence
 from flexpipe_serve.engine.request import SequenceUpdate
 from flexpipe_serve.engine.step_loop import StepLoop
-from flexpipe_serve.pipeline.local_host import LocalStageHost
 from flexpipe_serve.pipeline.messages import Frame, ResultHeader, StepBatch, decode_header
-from flexpipe_serve.pipeline.stage_types import StageHandle, StageSetup
 from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
 
 MAX_STEP_TOKENS = 64
@@ -262,20 +260,13 @@ class LockstepLoop(StepLoop):
         raise AssertionError(f"{seq} ended outside a step")
 
 
-class PlainHost(LocalStageHost):
-    """Stages in threads with torch's own linear maps, whose bits depend on what else is in a step."""
-
-    def launch(self, setup: StageSetup) -> StageHandle:
-        return super().launch(replace(setup, linear="plain"))
-
-
 @contextlib.contextmanager
 def _lockstep_engine(folder: Path, make_loop: Callable[..., LockstepLoop], **options: Any) -> Iterator[Engine]:
     with (
         mock.patch("flexpipe_serve.engine.engine.StepLoop", make_loop),
         running_engine(
             folder,
-            host=PlainHost(),
+            host=LinearHost("plain"),
             attention="torch",
             block_size=4,
             max_num_batched_tokens=MAX_STEP_TOKENS,
