@@ -132,7 +132,8 @@ class Release:
 class EndStage:
     """Put a stage that holds no layer any more into the pool, or end it.
 
-    Its launch may still be under way. Done when its memory is free (or it is in the pool).
+    Its launch may still be under way, or it may be lost or unknown: then there is nothing to do. Done when its memory
+    is free (or it is in the pool).
     """
 
     stage: str

@@ -266,10 +266,10 @@ class Refactoring:
         return [Release(stage, self.transition.old_epoch) for stage in self.transition.old.stages]
 
     def _end_stages(self, stages: set[str]) -> list[Command]:
+        """Also those that are lost: the news may be of a former stage of that name."""
         launching = {c.stage for c in self._issued if isinstance(c, Launch) and c not in self._answers}
-        return [
-            EndStage(stage, can_park=stage not in self._unclean | launching) for stage in sorted(stages - self._lost)
-        ]
+        kept_out = self._lost | self._unclean | launching
+        return [EndStage(stage, can_park=stage not in kept_out) for stage in sorted(stages)]
 
     def _begin_rebuild(self, layout: Layout) -> list[Command]:
         self._course = _Course.REBUILDING
@@ -363,7 +363,7 @@ class Refactoring:
             return self._rebuild(t.old, Outcome.ABORTED, error)
         elif self._course is _Course.FORWARD:
             return self._abort(error)
-        for command in [c for c in self._pending if isinstance(c, Release | EndStage) and c.stage == stage]:
+        for command in [c for c in self._pending if isinstance(c, Release) and c.stage == stage]:
             del self._pending[command]
         return self._advance()
 

@@ -220,6 +220,16 @@ def test_a_stage_of_the_old_layout_lost_before_the_switch_costs_a_rebuild():
     assert driver.commands[-1] == finish(Outcome.ABORTED, error=error, layout=OLD, is_rebuilt=False)
 
 
+def test_a_launched_stage_that_is_lost_is_ended_all_the_same():
+    driver = Driver(Refactoring(transition()))
+    driver.run(until=lambda c: isinstance(c, BeginCopy))
+    assert driver.tell(StageLost("c", "killed")) == [Release("a", 7), Release("b", 7)]
+    driver.open = [Release("a", 7), Release("b", 7)]
+    driver.run()
+    assert EndStage("c", can_park=False) in driver.commands
+    assert driver.commands[-1].outcome is Outcome.ABORTED
+
+
 def test_growth_that_fails_is_given_up_everywhere():
     driver = Driver(Refactoring(transition()))
     driver.run(until=lambda c: c == ResizeKV("c", 12))
@@ -246,7 +256,8 @@ def test_every_history_ends_and_no_command_is_issued_to_the_dead(data, mode, cop
         if kind == "lose":
             lost.add(stage := data.draw(st.sampled_from("abc")))
             issued = driver.tell(StageLost(stage, "killed"))
-            assert not any(getattr(c, "stage", None) in lost for c in issued)
+            assert not any(getattr(c, "stage", None) in lost for c in issued if not isinstance(c, EndStage))
+            assert not any(c.can_park for c in issued if isinstance(c, EndStage) and c.stage in lost)
         elif kind == "cancel":
             driver.tell(CancelRequested("why not"))
         elif kind == "timeout":
