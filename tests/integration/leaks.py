@@ -13,6 +13,8 @@ from flexpipe_serve.engine.engine import Engine
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.pipeline.local_host import LocalStageHost
 
+_END_S = 10.0
+
 
 def settle(engine: Engine) -> None:
     """Returns when the refactoring that runs, if any, and what follows from it are over."""
@@ -69,8 +71,12 @@ def check_stages(engine: Engine, host: LocalStageHost) -> None:
         assert (core._copies._giving, list(core._copies._taking)) == ({}, epochs), name
         if held:
             assert core._kv.num_blocks == engine._loop.scheduler.stats().num_blocks, name
+    for thread in threading.enumerate():
+        if thread.name.endswith("-control") or thread.name.startswith("flexpipe-refactor"):
+            thread.join(_END_S)  # it has given its answer
+            assert not thread.is_alive(), thread
     alive = {thread.name for thread in threading.enumerate() if thread.name.startswith("stage-")}
-    assert {name for name in alive if not name.endswith("-control")} == set(engine._pipeline.stages)
+    assert alive == set(engine._pipeline.stages)
     assert {name for name, stage in host._alive.items() if not stage.is_over} == set(engine._pipeline.stages)
 
 
