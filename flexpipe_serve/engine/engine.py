@@ -303,6 +303,7 @@ class Engine:
             self._refactorings.fill_pool()
         else:
             self._rebuild(layout, reason)
+        self._pursue()
 
     # ------------------------------------------------------------------ refactorings
 
@@ -315,8 +316,8 @@ class Engine:
     def _pursue(self) -> None:
         """Start the refactoring that the configuration asks for, when it is its turn."""
         wanted, layout = self._wanted, self._pipeline.layout
-        if wanted is None or layout is None or self._refactorings.is_running:
-            return
+        if wanted is None or layout is None or self._refactorings.is_running or not self._pipeline.is_complete:
+            return  # what follows from the end of that, or from the loss of a stage, comes here again
         if wanted.layout.boundaries == layout.boundaries:
             self._wanted = None
             wanted.future.set_result(None)
