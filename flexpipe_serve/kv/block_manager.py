@@ -1,6 +1,6 @@
 """Which sequence holds which KV block, and which blocks' contents can be shared.
 
-Pure bookkeeping over block ids; the memory itself lives in the stages. A block is in exactly one of three states:
+Pure bookkeeping over block ids; the memory itself lives in the stages. A block is in one of three states:
 *free* (nothing worth keeping), *cached* (computed, nobody's, evicted last-recently-used first) or *used*
 (reference count above zero).
 
@@ -206,6 +206,8 @@ class BlockManager:
         Returns:
             No moves only where no block is high any more.
         """
+        if not self._high:
+            return ()
         num_evictions = 0
         while len(self._free) < len(self._high) and (num_evictions < _MAX_EVICTIONS or not self._free):
             self._evict()
