@@ -275,6 +275,14 @@ def test_release_drops_exactly_what_nobody_needs(h: Harness, expected: list) -> 
     assert h.segment_files() == set()
 
 
+def test_release_removes_what_a_killed_stage_left(h: Harness) -> None:
+    h.start(*OLD)
+    left = h.folder.segment_path(9)
+    left.write_bytes(b"KV")
+    h.stages["stage-0"].release(17)
+    assert h.segment_files() == {f"layer-{layer}.kv" for layer in range(4)}
+
+
 def test_private_segments_belong_to_their_stage(model: Path) -> None:
     with harness(model, private_kv=True) as h:
         h.start(*OLD)
