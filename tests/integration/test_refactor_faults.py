@@ -32,7 +32,6 @@ from flexpipe_serve.refactor.commands import (
     BeginCopy,
     Command,
     Drain,
-    EndPatching,
     EndStage,
     Prepare,
     Release,
@@ -66,11 +65,9 @@ _ABORTED = dict.fromkeys(("source", "target", "unconcerned", "new", "retired"), 
 _RECOVERED = dict.fromkeys(VICTIMS, Outcome.RECOVERED)
 PHASES: dict[str, tuple[type[Command], dict[str, Outcome]]] = {
     "PREPARE": (Prepare, _ABORTED),
-    "COPY": (BeginCopy, _ABORTED),
-    "COPY, while it runs": (WaitCopied, _ABORTED),
+    "COPY": (WaitCopied, _ABORTED),
     "SWITCH": (Switch, _RECOVERED),
     "RETIRE, draining": (Drain, _RECOVERED),
-    "RETIRE, patched": (EndPatching, _RECOVERED),
     "RETIRE, releasing": (Release, _RECOVERED | {"retired": Outcome.DONE}),
     "RETIRE, ending": (EndStage, {"retired": Outcome.DONE}),
 }
