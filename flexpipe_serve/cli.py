@@ -12,6 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. Returns the exit status."""
     from flexpipe_serve import cli_admin, launch
     from flexpipe_serve.bench import refactor as bench_refactor
+    from flexpipe_serve.bench import resize as bench_resize
     from flexpipe_serve.bench import serve as bench_serve
 
     parser = argparse.ArgumentParser(prog="flexpipe", description="Serve a model through a live pipeline.")
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     refactor = bench.add_parser("refactor", help="what a change of the pipeline costs the streams that are running")
     bench_refactor.add_arguments(refactor)
     refactor.set_defaults(run=bench_refactor.main)
+    resize = bench.add_parser("resize", help="what it is worth that KV capacity follows the layout")
+    bench_resize.add_arguments(resize)
+    resize.set_defaults(run=bench_resize.main)
     args = parser.parse_args(argv)
     status: int = args.run(args)
     return status
