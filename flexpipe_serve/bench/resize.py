@@ -15,8 +15,8 @@ How the numbers are chosen, so that this means something on any machine:
   the one that never limits. A run's server starts with the new layout, is warmed up, and is refactored to the old one,
   so that the capacity at the start follows from what the processes take in use, as after the step.
 * Rates. The first server also tells how many requests a second it finishes with as many at once as the old layout
-  holds, and with as many as the new one holds. The low rate is half of the former: no queue. The high rate is three
-  quarters of the latter: it can be served with the new capacity, and is more than the old one can serve as long as
+  holds, and with as many as the new one holds. The low rate is half of the former: no queue. The high rate is 85 %
+  of the latter: it can be served with the new capacity, and is more than the old one can serve as long as
   batching pays at all. ``--low-rate`` and ``--high-rate`` replace them.
 * The prefix cache is off and prompts are random words of 128 to 256 tokens: nothing is shared. Outputs have 128 tokens.
 """
@@ -43,7 +43,7 @@ from flexpipe_serve.errors import ConfigError, EngineUnavailableError, InvalidRe
 from flexpipe_serve.model.demo import ensure_demo
 from flexpipe_serve.private_cluster import interruptible
 
-_LOW_SHARE, _HIGH_SHARE = 0.5, 0.75
+_LOW_SHARE, _HIGH_SHARE = 0.5, 0.85
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

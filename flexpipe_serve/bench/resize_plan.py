@@ -9,7 +9,7 @@ import numpy as np
 from flexpipe_serve.bench.arrivals import Arrival, gamma_arrivals
 from flexpipe_serve.errors import ConfigError
 
-_SLACK_BYTES = 8 << 20
+_SLACK_BYTES = 4 << 20
 """For what a process takes beyond what it took when it was looked at."""
 
 
