@@ -248,8 +248,8 @@ class StepLoop:
         while not self._stopping.is_set():
             try:
                 self._take_commands()
-                self._check_conditions()
                 self._fill_pipeline()
+                self._check_conditions()
                 self._deliver()
                 frames = self._link.receive(_IDLE_WAIT_S)
                 if frames is not None:
