@@ -23,7 +23,8 @@ class LocalStageHost:
         # One at a time: building a model without memory for its weights patches torch for the whole process.
         self._launching = threading.Lock()
 
-    def launch(self, setup: StageSetup) -> StageHandle:
+    def launch(self, setup: StageSetup, *, node: str | None = None) -> StageHandle:
+        assert node in (None, self.node)
         with self._launching:
             stage = self._alive.get(setup.name)
             if stage is None or stage.is_over or stage.core.setup != setup:

@@ -15,7 +15,15 @@ from flexpipe_serve.pipeline.budget import KVBudget, count_blocks, domain_budget
 from flexpipe_serve.pipeline.channel import CurveKeys, Endpoint, Outlet, ZmqInbox, ZmqOutlet
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.messages import Frame, StepBatch
-from flexpipe_serve.pipeline.stage_types import Assignment, Incoming, StageHandle, StageHost, StageReport, StageSetup
+from flexpipe_serve.pipeline.stage_types import (
+    Assignment,
+    Incoming,
+    StageHandle,
+    StageHost,
+    StageReport,
+    StageSetup,
+    folder_key,
+)
 
 _T = TypeVar("_T")
 logger = logging.getLogger(__name__)
@@ -49,10 +57,11 @@ class Pipeline:
         self.budget = budget
         self._on_lost = on_lost
         self._keys = keys
-        self._folder = DomainFolder(setup.domain_key)
+        self._folder = DomainFolder(folder_key(setup.domain_key, host.node))
         self._inbox = ZmqInbox("router", folder=self._folder.path, node=host.node, keys=keys)
         self._stages: dict[str, StageHandle] = {}
         self._endpoints: dict[str, Endpoint] = {}
+        self._domains: dict[str, str] = {}
         self._expected_ends: set[str] = set()
         self._lock = threading.Lock()
         self._last_epoch = 0
@@ -110,16 +119,19 @@ class Pipeline:
         self._inbox.close()
         self._folder.close()
 
-    def launch(self, name: str) -> Future[StageReport]:
+    def launch(self, name: str, *, node: str | None = None) -> Future[StageReport]:
         """Have a stage of that name: the one that is there, one left by an earlier Router, or a new one.
 
         Ends when it answers.
+
+        Args:
+            node: where a new one must run.
         """
         with self._lock:
             stage = self._stages.get(name)
         if stage is None:
             logger.info("starting stage %s", name)
-            stage = self._host.launch(replace(self._setup, name=name))
+            stage = self._host.launch(replace(self._setup, name=name), node=node)
             with self._lock:
                 self._stages[name] = stage
             stage.watch().add_done_callback(self._end_watcher(name, stage))
@@ -209,6 +221,10 @@ class Pipeline:
         """Where a launched stage listens."""
         return self._endpoints[name]
 
+    def domain(self, name: str) -> str:
+        """Whose memory a launched stage takes."""
+        return self._domains[name]
+
     def connect(self, layout: Layout) -> dict[str, Outlet]:
         """Channels to every stage of ``layout``, for ``take_route``."""
         return {name: ZmqOutlet(self._endpoints[name], node=self._host.node, keys=self._keys) for name in layout.stages}
@@ -229,6 +245,7 @@ class Pipeline:
             with self._lock:
                 if report.name in self._stages:
                     self._endpoints[report.name] = report.endpoint
+            self._domains[report.name] = report.domain
 
     @staticmethod
     def _gather(futures: Mapping[str, Future[_T]], timeout_s: float) -> dict[str, _T]:

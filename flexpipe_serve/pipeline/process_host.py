@@ -25,7 +25,8 @@ class ProcessStageHost:
     def __init__(self) -> None:
         self.node = socket.gethostname()
 
-    def launch(self, setup: StageSetup) -> StageHandle:
+    def launch(self, setup: StageSetup, *, node: str | None = None) -> StageHandle:
+        assert node in (None, self.node)
         return ProcessStage(setup)
 
 

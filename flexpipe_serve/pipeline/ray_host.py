@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.pipeline.background import in_background
@@ -122,7 +123,7 @@ class RayStageHost:
         self._app = app
         self.node = ray.get_runtime_context().get_node_id()
 
-    def launch(self, setup: StageSetup) -> StageHandle:
+    def launch(self, setup: StageSetup, *, node: str | None = None) -> StageHandle:
         name = f"{self._app}:{setup.name}"
         with contextlib.suppress(ValueError):
             actor = ray.get_actor(name, namespace=NAMESPACE)
@@ -134,6 +135,7 @@ class RayStageHost:
             name=name,
             namespace=NAMESPACE,
             lifetime="detached",
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False) if node else "SPREAD",
             # Stages may share a GPU; memory budgets keep them apart.
             num_gpus=0.01 if setup.device == "cuda" else 0,
             # Left alone, Ray gives an actor one thread; each step says how many it may use.

@@ -20,7 +20,7 @@ from flexpipe_serve.pipeline.channel import Endpoint, Outlet, ZmqInbox, ZmqOutle
 from flexpipe_serve.pipeline.memory import available_bytes, private_bytes, work_bytes
 from flexpipe_serve.pipeline.stage_copies import StageCopies
 from flexpipe_serve.pipeline.stage_loop import StageLoop
-from flexpipe_serve.pipeline.stage_types import Assignment, StageReport, StageSetup
+from flexpipe_serve.pipeline.stage_types import Assignment, StageReport, StageSetup, folder_key
 from flexpipe_serve.pipeline.step_compute import StepComputer
 
 
@@ -37,7 +37,7 @@ class Stage:
         self._device = self.computer.device
         self._model = self.computer.model
         sweep_stale()
-        self._folder = DomainFolder(setup.domain_key)
+        self._folder = DomainFolder(folder_key(setup.domain_key, self.node))
         self._inbox = ZmqInbox(setup.name, folder=self._folder.path, node=self.node, keys=setup.keys)
         self._kv = StageKV(
             self._folder,

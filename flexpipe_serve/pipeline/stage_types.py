@@ -102,6 +102,12 @@ def stage_domain(setup: StageSetup, *, name: str, node: str, device: str) -> str
     return f"{node}/{name}" if setup.private_kv else node
 
 
+def folder_key(domain_key: str, node: str) -> str:
+    """Names an application's folder of shared memory on one node: nodes of a Ray cluster may stand on one machine, and
+    what is copied from one to the other must not be the same file."""
+    return f"{domain_key}/{node}"
+
+
 class StageHandle(Protocol):
     """The Router's grip on one stage. Futures fail when the stage is lost."""
 
@@ -148,6 +154,10 @@ class StageHost(Protocol):
 
     node: str
 
-    def launch(self, setup: StageSetup) -> StageHandle:
-        """A stage of that name: one that is still alive from an earlier Router, or a new one."""
+    def launch(self, setup: StageSetup, *, node: str | None = None) -> StageHandle:
+        """A stage of that name: one that is still alive from an earlier Router, or a new one.
+
+        Args:
+            node: where a new one must run; None: wherever the host likes.
+        """
         ...

@@ -65,6 +65,7 @@ class Coordinator:
         max_bytes_per_s: of each copy's snapshot.
         timeout_s: time to the switch.
         max_spare: how many stages without layers the pool may hold now.
+        node: where the plan has the stages that are launched.
         rebuild: brings a layout up from nothing but tokens; returns how many sequences are replayed.
     """
 
@@ -78,6 +79,7 @@ class Coordinator:
         max_bytes_per_s: float,
         timeout_s: float,
         max_spare: Callable[[], int],
+        node: str,
         rebuild: Callable[[Layout], int],
     ) -> None:
         self.record = record
@@ -88,6 +90,7 @@ class Coordinator:
         self._max_bytes_per_s = max_bytes_per_s
         self._timeout_s = timeout_s
         self._max_spare = max_spare
+        self._node = node
         self._rebuild = rebuild
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._deadlines: dict[Command, float] = {}
@@ -112,8 +115,6 @@ class Coordinator:
     def run(self) -> Finish:
         """Carry it out. Returns how it ended."""
         self._loop.call(self._loop.start_watch).result()
-        # Copies of a shrink that was taken back just before still ride on the old route.
-        self._loop.when(lambda: self._loop.scheduler.is_shrunk).result()
         finish = self._carry_out(self._machine.start())
         while finish is None:
             event = self._next_event()
@@ -198,7 +199,7 @@ class Coordinator:
         loop, pipeline = self._loop, self._pipeline
         match command:
             case Launch(stage):
-                return pipeline.launch(stage)
+                return pipeline.launch(stage, node=self._node)
             case Prepare(stage, num_blocks):
                 return self._prepare(stage, num_blocks)
             case ResizeKV(stage, num_blocks):
@@ -222,7 +223,8 @@ class Coordinator:
                 loop.call(lambda: loop.scheduler.shrink(num_blocks)).result()
                 return loop.when(lambda: loop.scheduler.is_shrunk)
             case Grow(num_blocks):
-                return loop.call(lambda: loop.grow(num_blocks))
+                loop.call(lambda: loop.grow(num_blocks)).result()
+                return loop.when(lambda: loop.scheduler.is_shrunk)  # copies of a shrink taken back are on their way
             case BeginCopy(move):
                 return loop.call(lambda: self._begin_copy(move.source, move.target, move.layers))
             case Switch():
@@ -234,6 +236,10 @@ class Coordinator:
         raise AssertionError(f"unknown command {command}")
 
     def _prepare(self, stage: str, num_blocks: int) -> Future[Any]:
+        for move in self.record.plan.moves:
+            domains = self._pipeline.domain(move.source), self._pipeline.domain(move.target)
+            if move.target == stage and move.shared and domains[0] != domains[1]:
+                raise EngineUnavailableError(f"stage {stage!r} runs in {domains[1]}, and was planned for {domains[0]}.")
         incoming = tuple(
             Incoming(source=move.source, endpoint=self._pipeline.endpoint(move.source), layers=move.layers)
             for move in self._transition.copies

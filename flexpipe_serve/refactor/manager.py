@@ -81,7 +81,7 @@ class RefactorManager:
         old = self._pipeline.layout
         if old is None or not self._pipeline.is_complete:
             raise EngineUnavailableError("The pipeline is not up; try again when /health answers.")
-        new, plan = self._plan(old, request)
+        new, plan, node = self._plan(old, request)
         record = RefactorRecord(
             id=f"refactor-{uuid.uuid4().hex[:12]}",
             mode=request.mode,
@@ -119,6 +119,7 @@ class RefactorManager:
             max_bytes_per_s=request.max_bytes_per_s or self.max_bytes_per_s,
             timeout_s=request.timeout_s,
             max_spare=lambda: self.num_warm_stages,
+            node=node,
             rebuild=self._rebuild,
         )
         with self._lock:
@@ -178,7 +179,8 @@ class RefactorManager:
             running.post(StageLost(name, reason))
             return True
 
-    def _plan(self, old: Layout, request: RefactorRequest) -> tuple[Layout, RefactorPlan]:
+    def _plan(self, old: Layout, request: RefactorRequest) -> tuple[Layout, RefactorPlan, str]:
+        """The new layout, the plan, and the node of the stages to be launched."""
         boundaries: Sequence[int]
         if request.boundaries is not None:
             boundaries = request.boundaries
@@ -207,9 +209,10 @@ class RefactorManager:
             )
             for name, r in reports.items()
         }
+        like = next(iter(reports.values()))
         for name in {*new.stages, *self._pipeline.stages}:
             if name not in reports:
-                stages[name] = self._to_be_launched(name, reports, budgets)
+                stages[name] = self._to_be_launched(name, like, reports, budgets)
         kept = len([name for name in spare if name not in new.stages])
         retired = [name for name in old.stages if name not in new.stages]
         plan = plan_refactoring(
@@ -225,12 +228,13 @@ class RefactorManager:
             demand=demand,
             may_grow=request.resize_kv,
         )
-        return new, plan
+        return new, plan, like.node
 
-    def _to_be_launched(self, name: str, reports: Mapping[str, StageReport], budgets: dict[str, int]) -> StageMemory:
-        """What a stage will take that does not run yet: as much as those that do, in the Router's domain or, where
-        every stage has its own, in a new one."""
-        like = next(iter(reports.values()))
+    def _to_be_launched(
+        self, name: str, like: StageReport, reports: Mapping[str, StageReport], budgets: dict[str, int]
+    ) -> StageMemory:
+        """What a stage will take that does not run yet: as much as those that do, in the domain of ``like`` or, where
+        every stage has its own, in a new one on its node."""
         domain = stage_domain(like.setup, name=name, node=like.node, device=like.device)
         if domain not in budgets:
             report = replace(like, name=name, domain=domain)

@@ -29,8 +29,8 @@ class LinearHost(LocalStageHost):
         super().__init__()
         self._kind = kind
 
-    def launch(self, setup: StageSetup) -> StageHandle:
-        return super().launch(replace(setup, linear=self._kind))
+    def launch(self, setup: StageSetup, *, node: str | None = None) -> StageHandle:
+        return super().launch(replace(setup, linear=self._kind), node=node)
 
 
 def even_layout(num_layers: int, num_stages: int) -> Layout:

@@ -56,7 +56,7 @@ def test_a_layout_that_cannot_be_had_is_refused_once_it_was_tried(
 ) -> None:
     expected = generate_all(engine, PROMPTS, GREEDY)
 
-    def launch(*args: object) -> None:
+    def launch(*args: object, **options: object) -> None:
         raise OSError("no room on any node")
 
     with monkeypatch.context() as patch:

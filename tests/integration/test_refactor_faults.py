@@ -236,7 +236,7 @@ def test_full_shared_memory(num_opened: int, engine: Engine, check: Any, monkeyp
 def test_a_stage_that_cannot_be_started(
     engine: Engine, host: LocalStageHost, check: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def launch(setup: StageSetup) -> StageHandle:
+    def launch(setup: StageSetup, **options: Any) -> StageHandle:
         raise EngineUnavailableError("no room on any node")
 
     def act() -> RefactorRecord:

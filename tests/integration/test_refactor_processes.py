@@ -29,8 +29,8 @@ NUM_REQUESTS = 16
 class NativeProcessHost(ProcessStageHost):
     """With kernels that compute every row by itself."""
 
-    def launch(self, setup: StageSetup) -> StageHandle:
-        return super().launch(replace(setup, linear="native"))
+    def launch(self, setup: StageSetup, *, node: str | None = None) -> StageHandle:
+        return super().launch(replace(setup, linear="native"), node=node)
 
 
 @pytest.fixture(scope="module")

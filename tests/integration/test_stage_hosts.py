@@ -15,7 +15,7 @@ from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.kv.domain import DomainFolder
 from flexpipe_serve.pipeline.local_host import LocalStageHost
 from flexpipe_serve.pipeline.process_host import ProcessStageHost
-from flexpipe_serve.pipeline.stage_types import StageHost, StageSetup
+from flexpipe_serve.pipeline.stage_types import StageHost, StageSetup, folder_key
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def setup(tmp_path: Path) -> StageSetup:
 @pytest.mark.parametrize("host", [LocalStageHost(), ProcessStageHost()], ids=["thread", "process"])
 def test_long_calls_do_not_hold_up_others_and_errors_keep_their_type(host: StageHost, setup: StageSetup) -> None:
     check_calls(host, setup)
-    with DomainFolder(setup.domain_key) as folder:  # made anew: nobody holds it
+    with DomainFolder(folder_key(setup.domain_key, host.node)) as folder:  # made anew: nobody holds it
         assert [path.name for path in folder.path.iterdir()] == ["lock"]
 
 

@@ -24,7 +24,7 @@ from flexpipe_serve.pipeline.messages import (
     decode_tokens,
 )
 from flexpipe_serve.pipeline.stage import Stage
-from flexpipe_serve.pipeline.stage_types import Assignment, Incoming, StageSetup
+from flexpipe_serve.pipeline.stage_types import Assignment, Incoming, StageSetup, folder_key
 
 NODE = "local"
 BLOCK_SIZE = 4
@@ -70,7 +70,7 @@ class Harness:
                 **setup,
             }
         )
-        self.folder = DomainFolder(self.setup.domain_key)
+        self.folder = DomainFolder(folder_key(self.setup.domain_key, NODE))
         self.inbox = ZmqInbox("router", folder=self.folder.path, node=NODE)
         self.stages: dict[str, Stage] = {}
         self._threads: dict[str, threading.Thread] = {}

@@ -69,7 +69,7 @@ class SlowHost:
     def __init__(self) -> None:
         self.stages: dict[str, SlowStage] = {}
 
-    def launch(self, setup: StageSetup) -> StageHandle:
+    def launch(self, setup: StageSetup, *, node: str | None = None) -> StageHandle:
         self.stages[setup.name] = SlowStage(setup)
         return self.stages[setup.name]
 

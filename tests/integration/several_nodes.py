@@ -1,0 +1,95 @@
+"""Run as a program: refactorings between nodes of a Ray cluster of its own, over TCP with CURVE keys.
+
+Prints one JSON object for each refactoring, and ``same`` if every output was as before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import sys
+import uuid
+from pathlib import Path
+
+import ray
+from engines import even_layout
+from loads import load, make_requests, serve_all
+from ray.cluster_utils import Cluster
+from refactor_faults import refactor
+
+from flexpipe_serve.config import KVConfig, LimitsConfig, ModelConfig, ServeArgs
+from flexpipe_serve.engine.assemble import build_engine
+from flexpipe_serve.metrics import EngineMetrics
+from flexpipe_serve.pipeline.channel import CurveKeys
+from flexpipe_serve.pipeline.ray_host import RayStageHost
+from flexpipe_serve.pipeline.stage_types import StageHandle, StageSetup
+from flexpipe_serve.refactor.record import RefactorRequest
+
+NUM_LAYERS = 6
+
+
+class NativeHost(RayStageHost):
+    """With kernels that compute every row by itself; the first stages stand on nodes of their own."""
+
+    def __init__(self, app: str, nodes: list[str]) -> None:
+        super().__init__(app)
+        self._nodes = nodes
+
+    def launch(self, setup: StageSetup, *, node: str | None = None) -> StageHandle:
+        index = int(setup.name.partition("-")[2])
+        if node is None:
+            node = self._nodes[index % len(self._nodes)]
+        return super().launch(dataclasses.replace(setup, linear="native"), node=node)
+
+
+def main(model: str) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+    cluster.wait_for_nodes()
+    here = ray.get_runtime_context().get_node_id()
+    there = next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != here)
+    args = ServeArgs(
+        model=ModelConfig(source=model), memory_budget=64 << 30, kv=KVConfig(block_size=4, max_tokens=2000)
+    )
+    engine, _ = build_engine(
+        args,
+        host=NativeHost(uuid.uuid4().hex, [here, there]),
+        domain_key=uuid.uuid4().hex,
+        device="cpu",
+        num_cores=2,
+        metrics=EngineMetrics(app="test", model="test"),
+        limits=LimitsConfig(),
+        keys=CurveKeys.generate(),
+    )
+    try:
+        engine.start(even_layout(NUM_LAYERS, 2))
+        requests = make_requests(random.Random(2), 12)
+        expected = serve_all(engine, requests)
+        with load(engine, requests, expected):
+            for boundaries in ((1,), (2, 4), ()):
+                record = refactor(engine, RefactorRequest(boundaries=boundaries))
+                nodes = {name: report.node == here for name, report in engine._pipeline.reports().items()}
+                moves = [move.shared for move in record.plan.moves]
+                print(
+                    json.dumps(
+                        {
+                            "outcome": record.outcome,
+                            "error": record.error,
+                            "shared": moves,
+                            "here": nodes,
+                            "snapshot_bytes": record.snapshot_bytes,
+                        }
+                    ),
+                    flush=True,
+                )
+        print("same")
+    finally:
+        engine.stop()
+        ray.shutdown()
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(str(Path(sys.argv[1])))
