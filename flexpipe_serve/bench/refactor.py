@@ -30,7 +30,6 @@ from flexpipe_serve.bench.client import Target
 from flexpipe_serve.bench.leaks import Holdings, compare, find_leaks, look
 from flexpipe_serve.bench.memory import Sample
 from flexpipe_serve.bench.prompts import PromptBuilder
-from flexpipe_serve.bench.refactor_plot import save_timelines
 from flexpipe_serve.bench.refactor_report import is_tie, render, to_json
 from flexpipe_serve.bench.refactor_run import LoadPlan, Section, Session
 from flexpipe_serve.bench.serve import first_model, positive_int
@@ -52,6 +51,7 @@ _KV_RESERVE = 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``flexpipe bench refactor``."""
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     where = parser.add_argument_group("server")
     where.add_argument("--url", help="measure this server as it is (default: start one for each of --domains)")
     where.add_argument(
@@ -236,6 +236,10 @@ class _Bench:
             args.json.write_text(json.dumps(data) + "\n")
             console.print(f"wrote {args.json}")
         if args.plot is not None:
+            from flexpipe_serve.bench.refactor_plot import (
+                save_timelines,
+            )  # only now: matplotlib takes its time to import
+
             save_timelines(self.sections, args.plot)
             console.print(f"wrote {args.plot}")
 

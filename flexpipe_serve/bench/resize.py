@@ -48,6 +48,7 @@ _LOW_SHARE, _HIGH_SHARE = 0.5, 0.85
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``flexpipe bench resize``."""
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     server = parser.add_argument_group("server")
     server.add_argument(
         "--config", type=Path, default=Path("serve_config.yaml"), metavar="YAML", help="of the servers that are started"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Group
 from rich.markup import escape
@@ -123,6 +122,8 @@ def to_json(
 
 def save_picture(runs: Sequence[ResizeRun], path: Path) -> None:
     """Writes a PNG: each request's TTFT over its arrival, and the KV capacity as a step line."""
+    from matplotlib.figure import Figure  # only now: matplotlib takes its time to import
+
     figure = Figure(figsize=(10, 7), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for run in runs:

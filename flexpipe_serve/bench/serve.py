@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flexpipe_serve.bench.arrivals import Arrival, gamma_arrivals, read_trace
 from flexpipe_serve.bench.client import Target
-from flexpipe_serve.bench.plot import save_plot
 from flexpipe_serve.bench.prompts import PromptBuilder
 from flexpipe_serve.bench.report import print_report, to_json
 from flexpipe_serve.bench.wave import Wave, run_wave
@@ -124,6 +123,8 @@ def main(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps(data, indent=None if args.requests else 2) + "\n")
         console.print(f"wrote {args.json}")
     if args.plot is not None:
+        from flexpipe_serve.bench.plot import save_plot  # only now: matplotlib takes its time to import
+
         save_plot(waves, args.plot)
         console.print(f"wrote {args.plot}")
     return int(any(request.error is not None for wave in waves for request in wave.requests))
