@@ -148,13 +148,13 @@ def test_a_tour_in_two_modes(fake: FakePipeline, bench, tmp_path: Path) -> None:
     assert [section["name"] for section in data["sections"]] == ["live", "sync"]
     for section in data["sections"]:
         assert (section["num_dropped"], section["num_stalled"], section["differences"]) == (0, 0, [])
-        assert sum(not stream["was_ended"] for stream in section["streams"]) > 10
+        assert sum(not stream["was_ended"] for stream in section["streams"]) > 0
         for trial in section["trials"]:
             before, window, after = trial["before"], trial["window"], trial["after"]
             assert before["end_s"] < window["start_s"] < window["end_s"] < after["start_s"] < after["end_s"]
             assert window["end_s"] - window["start_s"] == pytest.approx(0.05)
             assert trial["switched_s"] - window["start_s"] == pytest.approx(0.02, abs=0.005)
-            assert trial["figures"]["gaps_ms"]["count"] > 10
+            assert trial["figures"]["gaps_ms"]["count"] > 0
     assert [(row["mode"], row["kind"]) for row in data["summary"]][5:8] == [
         ("live", "scale-out"), ("live", "all"), ("sync", "shift"),
     ]  # fmt: skip
