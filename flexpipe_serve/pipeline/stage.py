@@ -81,6 +81,7 @@ class Stage:
             self._check_wanted(assignment.epoch)
             if fresh:
                 self._loop.call(self._loop.drop_all_routes)
+                self._loop.worker.forget_all()
                 self._assignments = {}
                 self._kv.clear()
                 self._keep([assignment])
@@ -117,6 +118,7 @@ class Stage:
         self._released.add(epoch)
         with self._changing:
             self._loop.call(lambda: self._loop.drop_route(epoch))
+            self._loop.worker.forget(epoch)
             self._assignments.pop(epoch, None)
             in_background(lambda: self._keep(list(self._assignments.values())))
         return self.report()

@@ -35,8 +35,9 @@ class _Taking:
 
 
 class StageCopies:
-    """All copies of one stage. :meth:`wait` and :meth:`num_bytes` may be called by any thread, the rest belongs to the
-    data loop. A copy that breaks is only remembered as broken: steps go on.
+    """All copies of one stage. :meth:`expect` and :meth:`is_patched` belong to the data loop, :meth:`wait` and
+    :meth:`num_bytes` may be called by any thread, the rest by the one that copies. A copy that breaks is only
+    remembered as broken: steps go on.
 
     Args:
         stage: name of this one.
@@ -124,6 +125,11 @@ class StageCopies:
 
     # ------------------------------------------------------------------ giving
 
+    @property
+    def is_giving(self) -> bool:
+        """Whether steps have to be mirrored."""
+        return bool(self._giving)
+
     def give(self, header: CopyHeader, buffers: Sequence[Frame], *, last_step: int) -> None:
         """Begin to give layers away; not for an epoch that is forgotten already: the word to copy comes with the steps
         and may be overtaken by the release of an abort.
@@ -200,6 +206,11 @@ class StageCopies:
             self._changed.notify_all()
         for copy in ended:
             copy.outlet.close()
+
+    def forget_all(self) -> None:
+        """:meth:`forget` every epoch."""
+        for epoch in {*self._taking, *(epoch for epoch, _ in self._giving)}:
+            self.forget(epoch)
 
     def _drop(self, key: tuple[int, str]) -> None:
         self._giving.pop(key).outlet.close()

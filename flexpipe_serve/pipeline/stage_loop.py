@@ -19,6 +19,7 @@ from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.kv.block_copies import copy_blocks
 from flexpipe_serve.kv.stage_kv import StageKV
 from flexpipe_serve.pipeline.channel import Inbox, Outlet
+from flexpipe_serve.pipeline.copy_worker import CopyWorker
 from flexpipe_serve.pipeline.messages import (
     CopyHeader,
     FailureHeader,
@@ -40,10 +41,6 @@ from flexpipe_serve.pipeline.step_queue import ReadyStep, StepQueue
 _T = TypeVar("_T")
 logger = logging.getLogger(__name__)
 _POLL_S = 1.0
-_TICK_S = 0.001
-"""What the inbox can wait at least."""
-_LONGEST_WITHOUT_CHUNK_S = 0.05
-"""A snapshot goes on at this pace even where steps leave no pause."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,8 @@ class StageLoop:
     """The loop and what belongs to its thread; :meth:`call` is for the others.
 
     Time that refactorings cost is measured as an upper bound: a step counts as held back while it waits for patches,
-    and for the duration of other refactoring work (snapshot chunks, patches, new routes, block copies) after which a
-    message was waiting already, as if that had come when the work began.
+    and for the duration of other refactoring work (new routes, block copies) after which a message was waiting already,
+    as if that had come when the work began. KV copies have a thread of their own.
 
     Args:
         name: of the stage.
@@ -88,12 +85,13 @@ class StageLoop:
         self._computer = computer
         self._kv = kv
         self._copies = copies
+        self.worker = CopyWorker(copies, name=name, on_applied=self._recheck)
         self._stopping = stopping
         self._calls: queue.SimpleQueue[tuple[Callable[[], object], Future[object]]] = queue.SimpleQueue()
+        self._patched_epochs: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._routes: dict[int, _Route] = {}
         self._extra_seconds = 0.0
         """Refactoring work since the inbox was last seen empty or a step was charged with it."""
-        self._last_chunk = 0.0
         self.num_steps = 0
         self.busy_seconds = 0.0
 
@@ -121,8 +119,7 @@ class StageLoop:
         self._routes[assignment.epoch] = _Route(assignment, outlet)
 
     def drop_route(self, epoch: int) -> None:
-        """Drop the steps of an epoch, also those that wait, and its copies."""
-        self._copies.forget(epoch)
+        """Drop the steps of an epoch, also those that wait."""
         route = self._routes.pop(epoch, None)
         if route is not None:
             route.outlet.close()
@@ -135,29 +132,21 @@ class StageLoop:
     def run(self) -> None:
         """Take messages until the stage is stopping."""
         while not self._stopping.is_set():
-            frames = self._inbox.receive(self._longest_wait())
+            # Without waiting, where it must be seen whether a message waited.
+            frames = self._inbox.receive(0.0 if self._extra_seconds else _POLL_S)
             self._take_calls()
+            while not self._patched_epochs.empty():
+                self._run_steps(self._patched_epochs.get())
             if frames is None:
                 self._extra_seconds = 0.0  # nobody waited for that
-                self._send_chunk()
                 continue
             try:
                 self._take(frames)
             except Exception:  # process edge: whatever a message holds, the stage goes on
                 logger.exception("%s: dropped a message", self._name)
-            if time.monotonic() - self._last_chunk > _LONGEST_WITHOUT_CHUNK_S:
-                self._send_chunk()
         self._take_calls()
         self.drop_all_routes()
-
-    def _longest_wait(self) -> float:
-        if self._extra_seconds:
-            return 0.0  # to see whether a message waited
-        now = time.monotonic()
-        ready_at = self._copies.ready_at(now)
-        if ready_at is None:
-            return _POLL_S
-        return 0.0 if ready_at <= now else min(_POLL_S, max(_TICK_S, ready_at - now))
+        self.worker.close()
 
     def _take_calls(self) -> None:
         while not self._calls.empty():
@@ -169,27 +158,17 @@ class StageLoop:
                 done.set_exception(error)
             self._extra_seconds += time.perf_counter() - started
 
-    def _send_chunk(self) -> None:
-        started = time.perf_counter()
-        now = time.monotonic()
-        if self._copies.send_chunk(now):
-            self._last_chunk = now
-            self._extra_seconds += time.perf_counter() - started
-
     def _take(self, frames: Sequence[Frame]) -> None:
         header = decode_header(frames[0])
         started = time.perf_counter()
         if isinstance(header, PatchHeader):
-            self._copies.apply(header, frames[1:])
-            self._extra_seconds += time.perf_counter() - started
-            self._run_steps(header.epoch)
+            self.worker.apply(header, frames[1:])
         elif isinstance(header, PatchAckHeader):
-            self._copies.on_ack(header)
+            self.worker.on_ack(header)
         elif isinstance(header, CopyHeader):
             route = self._routes.get(header.old_epoch)
             if route is not None:
-                self._copies.give(header, frames[1:], last_step=route.last_step)
-                self._extra_seconds += time.perf_counter() - started
+                self.worker.give(header, frames[1:], last_step=route.last_step)
         else:
             self._take_of_step(header, frames[1:], now=started)
 
@@ -215,6 +194,13 @@ class StageLoop:
                 given = self._failure(header, error)
             route.queue.add_input(header.step, given, now=now)
         self._run_steps(header.epoch)
+
+    def _recheck(self, epoch: int) -> None:
+        """In the copies' thread: patches were applied; a step may wait for them."""
+        route = self._routes.get(epoch)
+        if route is not None and route.queue.has_complete:
+            self._patched_epochs.put(epoch)
+            self._inbox.wake()
 
     def _run_steps(self, epoch: int) -> None:
         route = self._routes.get(epoch)
@@ -254,10 +240,8 @@ class StageLoop:
         route.outlet.send(frames)
         route.last_step = header.step
         self.num_steps += 1
-        ended = time.perf_counter()
-        self.busy_seconds += ended - started
-        if self._copies.on_step(header.epoch, header.step, computed):
-            self._extra_seconds += time.perf_counter() - ended
+        self.busy_seconds += time.perf_counter() - started
+        self.worker.on_step(header.epoch, header.step, computed)
 
     def _failure(self, header: StepHeader | HiddenHeader | FailureHeader, error: Exception) -> FailureHeader:
         message = f"{type(error).__name__}: {error}"

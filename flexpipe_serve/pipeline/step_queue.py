@@ -49,6 +49,11 @@ class StepQueue(Generic[_Step, _Input]):
         self._opened = 0.0
         """When the last step that was held for patches was let go."""
 
+    @property
+    def has_complete(self) -> bool:
+        """Whether a step has its inputs and has not been taken out."""
+        return bool(self._complete)
+
     def add_step(self, number: int, step: _Step, *, patched_through: int, now: float) -> None:
         """The Router's message has come."""
         self._steps[number] = (step, patched_through)

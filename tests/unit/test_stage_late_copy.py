@@ -25,4 +25,5 @@ def test_a_copy_for_a_released_epoch_does_not_begin(tmp_path: Path) -> None:
         )  # fmt: skip
         h.routes[1]["stage-0"].send(encode(header, np.arange(4, dtype=np.int32).tobytes()))
         h.step(1, [h.sequence([5, 6, 7], num_tokens=8)])
+        h.stages["stage-0"].release(3)  # waits until the copies' thread has done what it was told
         assert h.stages["stage-0"]._copies._giving == {}

@@ -1,0 +1,108 @@
+"""A stage's KV copies in a thread of their own, so that no step waits for one."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from flexpipe_serve.pipeline.messages import CopyHeader, Frame, PatchAckHeader, PatchHeader, StepBatch
+from flexpipe_serve.pipeline.stage_copies import StageCopies
+
+logger = logging.getLogger(__name__)
+
+
+class CopyWorker:
+    """Does what the data loop tells it in the order told, and reads snapshots in between.
+
+    Reading later than the loop executed is safe. A block leaves the pending set before it is read, and the steps of
+    which the worker has not heard by then are mirrored behind it on the same channel: what they write while it reads
+    comes once more. And the rows of a step are only written again by a step behind it, whose patch follows.
+
+    Args:
+        on_applied: called in the worker's thread when patches for an epoch were applied.
+    """
+
+    def __init__(self, copies: StageCopies, *, name: str, on_applied: Callable[[int], None]) -> None:
+        self._copies = copies
+        self._on_applied = on_applied
+        self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._is_giving = False
+        self._thread = threading.Thread(target=self._run, name=f"{name}-copies", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ for the data loop
+
+    def give(self, header: CopyHeader, buffers: Sequence[Frame], *, last_step: int) -> None:
+        """See StageCopies.give."""
+        self._is_giving = True
+        self._tasks.put(lambda: self._copies.give(header, buffers, last_step=last_step))
+
+    def on_step(self, epoch: int, step: int, batch: StepBatch | None) -> None:
+        """See StageCopies.on_step."""
+        if self._is_giving:
+            self._tasks.put(lambda: self._copies.on_step(epoch, step, batch))
+
+    def on_ack(self, header: PatchAckHeader) -> None:
+        """See StageCopies.on_ack."""
+        self._tasks.put(lambda: self._copies.on_ack(header))
+
+    def apply(self, header: PatchHeader, buffers: Sequence[Frame]) -> None:
+        """See StageCopies.apply."""
+
+        def apply() -> None:
+            self._copies.apply(header, buffers)
+            self._on_applied(header.epoch)
+
+        self._tasks.put(apply)
+
+    # ------------------------------------------------------------------ for the control side
+
+    def forget(self, epoch: int) -> None:
+        """See StageCopies.forget. Afterwards nothing reads or writes for that epoch's copies."""
+        self._wait_for(lambda: self._copies.forget(epoch))
+
+    def forget_all(self) -> None:
+        """See StageCopies.forget_all."""
+        self._wait_for(self._copies.forget_all)
+
+    def close(self) -> None:
+        """Do what was told so far, forget everything, and end the thread."""
+        self._tasks.put(self._copies.forget_all)
+        self._tasks.put(None)
+        self._thread.join()
+
+    def _wait_for(self, task: Callable[[], None]) -> None:
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                task()
+                self._is_giving = self._copies.is_giving
+            finally:
+                done.set_result(None)
+
+        self._tasks.put(run)
+        done.result()
+
+    # ------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        while True:
+            now = time.monotonic()
+            ready_at = self._copies.ready_at(now)
+            try:
+                wait = None if ready_at is None else max(0.0, ready_at - now)
+                task = self._tasks.get(timeout=wait)
+            except queue.Empty:
+                self._copies.send_chunk(time.monotonic())
+                continue
+            if task is None:
+                return
+            try:
+                task()
+            except Exception:  # thread edge: a copy that breaks is told by wait_copied, or by its missing patches
+                logger.exception("a copy met an error")
