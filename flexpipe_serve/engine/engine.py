@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -357,6 +358,8 @@ class Engine:
         else:
             self._unavailable = None
             self._refactorings.fill_pool()
+            with contextlib.suppress(EngineUnavailableError):  # a lost stage is noticed by its watch call
+                self._reports = self._pipeline.reports()  # or the status would not know the new ones yet
         self._pursue()
 
     def _note(self, kind: str, message: str) -> None:

@@ -44,6 +44,8 @@ def check_pipeline(engine: Engine, *, num_warm: int = 0) -> None:
     assert len(spare) == num_warm
     assert list(pipeline._routes) == [pipeline.epoch]
     assert (loop._conditions, loop._in_flight, loop._patching_epoch, loop._hold) == ([], {}, None, None)
+    known = [(stage["name"], stage["layers"]) for stage in engine.status()["stages"]]
+    assert known == [(part.stage, [part.start, part.stop]) for part in pipeline.layout.slices]
     files = sorted(path.name for path in pipeline._folder.path.iterdir())
     sockets = [f"{name}.sock" for name in (*pipeline.stages, "router")]
     assert [name for name in files if name.endswith(".sock")] == sorted(sockets)
@@ -76,7 +78,7 @@ def check_stages(engine: Engine, host: LocalStageHost) -> None:
             thread.join(_END_S)  # it has given its answer
             assert not thread.is_alive(), thread
     alive = {thread.name for thread in threading.enumerate() if thread.name.startswith("stage-")}
-    assert alive == set(engine._pipeline.stages)
+    assert alive == {name + suffix for name in engine._pipeline.stages for suffix in ("", "-copies")}
     assert {name for name, stage in host._alive.items() if not stage.is_over} == set(engine._pipeline.stages)
 
 

@@ -150,8 +150,13 @@ class Served:
         """Back to a configuration that served before, if it is another."""
         if self._config != config:
             stages = config["applications"][0]["deployments"][0]["user_config"]["layout"]["stages"]
-            name = config["applications"][0]["args"]["model"]["name"]
-            self.deploy(config, until=lambda s: s["model"] == name and s["layout"]["num_stages"] == stages)
+            former: set[int] = set()
+            if self._config["applications"][0]["args"] != config["applications"][0]["args"]:  # then a new replica comes
+                former = {stage["pid"] for stage in self.status()["stages"]}
+            self.deploy(
+                config,
+                until=lambda s: s["layout"]["num_stages"] == stages and not former & {p["pid"] for p in s["stages"]},
+            )
 
     def replica(self) -> dict[str, Any] | None:
         """Serve's view of the only replica; None while there is no running one."""

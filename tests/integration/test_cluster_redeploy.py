@@ -29,7 +29,7 @@ def test_layout_and_limits_change_live(served: Served, serve_config: dict[str, A
     expected = served.complete("Once upon a time", num_tokens=30)
     before, router = served.status(), wait_until(served.replica, timeout_s=30, what="the replica")
     changed = with_user_config(serve_config, {"layout": {"stages": 3}, "limits": {"max_prompt_tokens": 10}})
-    after = served.deploy(changed, until=lambda s: s["layout"]["num_stages"] == 3)
+    after = served.deploy(changed, until=lambda s: s["layout"]["num_stages"] == len(s["stages"]) == 3)
     assert after["epoch"] == before["epoch"] + 1
     assert len(after["stages"]) == 3
     assert pids(after)[:2] == pids(before)
