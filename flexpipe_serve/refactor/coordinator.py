@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 _ANSWER_S = 60.0
 """For a command whose work does not grow with the model."""
 _POLL_S = 0.5
+_REPORT_S = 5.0
 
 
 class Coordinator:
@@ -146,12 +147,13 @@ class Coordinator:
         """While KV is copied, let its targets say how far they are."""
         if self._machine.phase is not Phase.COPY:
             return
-        for stage in {move.target for move in self._transition.copies}:
-            self._ask_how_much_is_copied(stage)
+        for stage in self._targets:
+            with contextlib.suppress(EngineUnavailableError):
+                self._pipeline.stage(stage).report().add_done_callback(partial(self._note_copied, stage))
 
-    def _ask_how_much_is_copied(self, stage: str) -> None:
-        with contextlib.suppress(EngineUnavailableError):
-            self._pipeline.stage(stage).report().add_done_callback(partial(self._note_copied, stage))
+    @property
+    def _targets(self) -> set[str]:
+        return {move.target for move in self._transition.copies}
 
     def _note_copied(self, stage: str, answer: Future[StageReport]) -> None:
         if answer.exception() is None:
@@ -184,8 +186,6 @@ class Coordinator:
         elif isinstance(command, Drain):
             self._events.put(Drained(answer.result()))
         else:
-            if isinstance(command, WaitCopied):
-                self._ask_how_much_is_copied(command.stage)
             self._events.put(Done(command))
 
     def _time_limit(self, command: Command) -> float:
@@ -365,6 +365,9 @@ class Coordinator:
 
     def _close_record(self, finish: Finish) -> None:
         record = self.record
+        for stage in self._targets:
+            with contextlib.suppress(EngineUnavailableError, TimeoutError):
+                self._copied[stage] = self._pipeline.stage(stage).report().result(_REPORT_S)
         self._update_record()
         self._note_phase(record.seconds)
         if finish.num_blocks is not None:
