@@ -26,7 +26,7 @@ from flexpipe_serve.engine.request import Sequence as EngineSequence
 from flexpipe_serve.engine.request import SequenceUpdate
 from flexpipe_serve.engine.step_loop import StepLoop
 from flexpipe_serve.pipeline.messages import Frame, ResultHeader, StepBatch, decode_header
-from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
+from flexpipe_serve.refactor.record import Phase, RefactorRecord, RefactorRequest
 
 MAX_STEP_TOKENS = 64
 MAX_RUNNING = 12
@@ -40,7 +40,7 @@ class Change:
     start: int
     """Tick at which it is asked for, or later: when the one before is over."""
     num_ticks: int
-    """Ticks that may pass until it has switched; then the script waits for it."""
+    """Ticks that may pass in PREPARE, and again in COPY; then the script waits."""
     request: RefactorRequest
 
 
@@ -78,7 +78,7 @@ def make_changes(seed: int, requests: Sequence[RefactorRequest], *, num_ticks: i
     """Refactorings one after the other, from random ticks on."""
     rng = random.Random(seed)
     starts = sorted(rng.randrange(2, num_ticks) for _ in requests)
-    return [Change(start, rng.choice((1, 3, 10, 30)), request) for start, request in zip(starts, requests, strict=True)]
+    return [Change(start, rng.choice((3, 10, 30)), request) for start, request in zip(starts, requests, strict=True)]
 
 
 Row = tuple[Any, ...]
@@ -142,6 +142,7 @@ class LockstepLoop(StepLoop):
         self._engine: Engine | None = None
         self._change: Change | None = None
         self._started: Future[RefactorRecord] | None = None
+        self._is_copying = False
         self._old_epoch = 0
         self.over = threading.Event()
 
@@ -228,6 +229,7 @@ class LockstepLoop(StepLoop):
                 return False
             if engine._refactorings.is_running:
                 if self._link.epoch == self._old_epoch:
+                    self._note_copying(engine)
                     return self._tick < self._change.start + self._change.num_ticks
                 is_drained = not self.num_in_flight_of(self._old_epoch)
                 return not (is_drained and self._changes and self._tick >= self._changes[0].start)
@@ -238,11 +240,20 @@ class LockstepLoop(StepLoop):
         if self._changes and self._tick >= self._changes[0].start:
             change = self._changes.pop(0)
             self._change = replace(change, start=self._tick)
+            self._is_copying = False
             self._old_epoch = self._link.epoch
             self._started = engine._control.submit(engine._start_refactoring, change.request)
             self._started.add_done_callback(lambda _: self._link.wake())
             return False
         return True
+
+    def _note_copying(self, engine: Engine) -> None:
+        assert self._change is not None
+        assert self._started is not None
+        record = engine.refactoring(self._started.result().id)
+        if not self._is_copying and record is not None and record.phase is Phase.COPY:
+            self._is_copying = True
+            self._change = replace(self._change, start=self._tick)
 
     # ------------------------------------------------------------------ what came of it
 

@@ -16,6 +16,7 @@ from leaks import check_pipeline, settle
 from lockstep import Change, Script, Transcript, make_changes, make_script, run_script
 
 from flexpipe_serve.engine.engine import Engine
+from flexpipe_serve.kv import transfer_plan
 from flexpipe_serve.refactor.record import Mode, Outcome, RefactorRequest
 
 NUM_TICKS = 100
@@ -72,13 +73,18 @@ def assert_identical(changed: Transcript, undisturbed: Transcript) -> None:
 @pytest.mark.parametrize("private_kv", [False, True], ids=["shared", "private"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_live_refactoring_changes_no_bit(
-    kind: str, private_kv: bool, run: Runner, undisturbed: Callable[[int, int], Transcript]
+    kind: str,
+    private_kv: bool,
+    run: Runner,
+    undisturbed: Callable[[int, int], Transcript],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(transfer_plan, "MAX_CHUNK_BYTES", 4000)  # so that the little there is takes its time
     seed, depth = int(private_kv), 2 + private_kv
     first, *others = KINDS[kind]
     expected = undisturbed(seed, depth)
     assert expected.num_preemptions > 0
-    requests = [RefactorRequest(boundaries=boundaries, max_bytes_per_s=2e6) for boundaries in others]
+    requests = [RefactorRequest(boundaries=boundaries, max_bytes_per_s=5e5) for boundaries in others]
     changes = make_changes(list(KINDS).index(kind), requests, num_ticks=NUM_TICKS)
     changed = run(script_of(seed).during(changes), boundaries=first, depth=depth, private_kv=private_kv)
     assert [(r.outcome, r.error) for r in changed.records] == [(Outcome.DONE, None)] * len(others)
