@@ -109,7 +109,14 @@ int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 class Attend {
    public:
     Attend(const Batch& batch, const Heads& heads, const float* q, int64_t q_stride, const float* kv, float* out)
-        : batch_(batch), heads_(heads), width_(round_up(heads.head_dim)), q_(q), q_stride_(q_stride), kv_(kv), out_(out) {}
+        : batch_(batch),
+          heads_(heads),
+          width_(round_up(heads.head_dim)),
+          half_(batch.block_size * heads.num_kv_heads * heads.head_dim),
+          q_(q),
+          q_stride_(q_stride),
+          kv_(kv),
+          out_(out) {}
 
     void operator()(const Span& span, int64_t kv_head) const {
         const int64_t dim = heads_.head_dim, group = heads_.num_heads / heads_.num_kv_heads;
@@ -131,10 +138,16 @@ class Attend {
             queries[row] = q_ + (span.first_row + row / group) * q_stride_ + (kv_head * group + row % group) * dim;
         }
         const int64_t length = span.first_position + span.num_tokens;
+        const auto num_keys_of = [&](int64_t tile) { return int(std::clamp<int64_t>(length - tile, 0, kTile)); };
+        const float *here[kTile], *next[kTile];
         Values values;
+        find_keys(span.seq, kv_head, 0, num_keys_of(0), next);
         for (int64_t tile = 0; tile < length; tile += kTile) {
-            const int num_keys = int(std::min<int64_t>(kTile, length - tile));
-            fetch(span.seq, kv_head, tile, num_keys, keys, rests, values);
+            const int num_keys = num_keys_of(tile), num_next = num_keys_of(tile + kTile);
+            std::copy(next, next + num_keys, here);
+            find_keys(span.seq, kv_head, tile + kTile, num_next, next);
+            fetch_keys(here, num_keys, next, num_next, keys);
+            find_values(here, num_keys, rests, values);
             // Rows before the tile see none of it.
             const int64_t blind = std::max<int64_t>(0, tile - span.first_position) * group;
             for_rows(num_rows - blind, [&]<int kRows>(int64_t first) {
@@ -158,35 +171,45 @@ class Attend {
     }
 
    private:
-    // The tile's keys as [head_dim][kTile], zero behind the last one, and where its values are.
-    void fetch(int64_t seq, int64_t kv_head, int64_t tile, int num_keys, float* keys, float* rests,
-               Values& values) const {
-        const int64_t dim = heads_.head_dim, row_size = heads_.num_kv_heads * dim;
-        const int64_t half = batch_.block_size * row_size;
-        const int64_t whole = dim / kLanes * kLanes, rest = dim - whole;
-        const int32_t* table = batch_.block_tables + seq * batch_.table_width;
-        const float* rows[kTile];
+    // Where the keys of a tile are.
+    void find_keys(int64_t seq, int64_t kv_head, int64_t tile, int num_keys, const float** rows) const {
+        const int64_t size = batch_.block_size, row_size = heads_.num_kv_heads * heads_.head_dim;
+        const int32_t* block = batch_.block_tables + seq * batch_.table_width + tile / size;
+        int64_t offset = tile % size;
+        for (int i = 0; i < num_keys; ++block, offset = 0) {
+            const float* row = kv_ + *block * 2 * half_ + offset * row_size + kv_head * heads_.head_dim;
+            for (; i < num_keys && offset < size; ++i, ++offset, row += row_size) rows[i] = row;
+        }
+    }
+
+    void find_values(const float* const* rows, int num_keys, float* rests, Values& values) const {
+        const int64_t whole = heads_.head_dim / kLanes * kLanes, rest = heads_.head_dim - whole;
         for (int i = 0; i < num_keys; ++i) {
-            const int64_t position = tile + i;
-            const int64_t block = table[position / batch_.block_size], offset = position % batch_.block_size;
-            rows[i] = kv_ + block * 2 * half + offset * row_size + kv_head * dim;
-            values.of_key[i] = rows[i] + half;
+            values.of_key[i] = rows[i] + half_;
             values.rest_of_key[i] = rests + i * kLanes;
-            for (int64_t d = 0; d < dim; d += kLanes) __builtin_prefetch(values.of_key[i] + d);
             if (rest) store(rests + i * kLanes, load_first(values.of_key[i] + whole, rest));
         }
+    }
+
+    // The tile's keys as [head_dim][kTile], with anything behind the last one; `rows` has room for kTile. Meanwhile the
+    // next tile's keys and values come from memory to the second-level cache.
+    void fetch_keys(const float** rows, int num_keys, const float* const* next, int num_next, float* keys) const {
+        constexpr int kLine = 64 / sizeof(float);
+        const int64_t dim = heads_.head_dim;
         for (int first = 0; first < num_keys; first += kLanes) {
-            const int count = std::min(kLanes, num_keys - first);
-            for (int64_t d = 0; d < dim; d += kLanes) {
-                Vec square[kLanes] = {};
-                if (count == kLanes && d < whole) {
-                    for (int i = 0; i < kLanes; ++i) square[i] = load(rows[first + i] + d);
-                } else {
-                    const int64_t num_dims = std::min<int64_t>(kLanes, dim - d);
-                    for (int i = 0; i < count; ++i) square[i] = load_first(rows[first + i] + d, num_dims);
+            for (int i = first; i < std::min(first + kLanes, num_next); ++i) {
+                for (int64_t d = 0; d < dim; d += kLine) {
+                    __builtin_prefetch(next[i] + d, 0, 2);
+                    __builtin_prefetch(next[i] + half_ + d, 0, 2);
                 }
-                transpose(square);
-                for (int i = 0; i < kLanes; ++i) store(keys + (d + i) * kTile + first, square[i]);
+            }
+            for (int i = num_keys; i < first + kLanes; ++i) rows[i] = rows[0];
+            float* const to = keys + first;
+            int64_t d = 0;
+            for (; d + kLanes <= dim; d += kLanes) transpose<kLanes>(rows + first, d, to + d * kTile, kTile);
+            for (; d + 4 <= dim; d += 4) transpose<4>(rows + first, d, to + d * kTile, kTile);
+            for (; d < dim; ++d) {
+                for (int i = 0; i < kLanes; ++i) to[d * kTile + i] = rows[first + i][d];
             }
         }
     }
@@ -221,6 +244,7 @@ class Attend {
     const Batch& batch_;
     const Heads& heads_;
     const int64_t width_;  // head_dim, rounded up to whole vectors
+    const int64_t half_;   // of a block: the floats of its keys, behind which its values are
     const float* q_;
     int64_t q_stride_;
     const float* kv_;

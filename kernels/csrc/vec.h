@@ -1,8 +1,13 @@
-// The machine's float vector through the compiler's vector extensions: no intrinsics, any architecture.
+// The machine's float vector through the compiler's vector extensions: any architecture, and intrinsics only where the
+// extensions say too little.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 namespace flexpipe {
 
@@ -44,9 +49,11 @@ inline float sum(Vec v) {
 }
 
 inline float max_lane(Vec v) {
-    float largest = v[0];
-    for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
-    return largest;
+    IntVec lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+#pragma GCC unroll 4
+    for (int step = kLanes / 2; step > 0; step /= 2) v = max(v, __builtin_shuffle(v, lane ^ step));
+    return v[0];
 }
 
 // e^x to about 2 units in the last place; 0 below -87, NaN for NaN, infinity above 88.
@@ -74,22 +81,54 @@ inline Vec exp(Vec x) {
     return x < lowest ? Vec{} : result;
 }
 
-// Transposes a square of kLanes vectors in place.
-inline void transpose(Vec (&rows)[kLanes]) {
-    IntVec lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+// The first kCount fours of floats of every fourth of kLanes rows: fours[i] has the i-th of each row.
+template <int kCount>
+inline void load_fours(const float* const* rows, Vec (&fours)[kCount]) {
 #pragma GCC unroll 4
-    for (int step = 1; step < kLanes; step *= 2) {
-        const IntVec upper = (lane & step) != 0;
-        const IntVec take_low = upper ? lane - step + kLanes : lane;
-        const IntVec take_high = upper ? lane + kLanes : lane + step;
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-            if (i & step) continue;
-            const Vec a = rows[i], b = rows[i + step];
-            rows[i] = __builtin_shuffle(a, b, take_low);
-            rows[i + step] = __builtin_shuffle(a, b, take_high);
-        }
+    for (int i = 0; i < kCount; ++i) {
+#if defined(__AVX512F__)
+        const __m512 one = _mm512_castps128_ps512(_mm_loadu_ps(rows[0] + i * 4));
+        const __m512 two = _mm512_insertf32x4(one, _mm_loadu_ps(rows[4] + i * 4), 1);
+        const __m512 three = _mm512_insertf32x4(two, _mm_loadu_ps(rows[8] + i * 4), 2);
+        fours[i] = (Vec)_mm512_insertf32x4(three, _mm_loadu_ps(rows[12] + i * 4), 3);
+#elif defined(__AVX__)
+        const __m256 one = _mm256_castps128_ps256(_mm_loadu_ps(rows[0] + i * 4));
+        fours[i] = (Vec)_mm256_insertf128_ps(one, _mm_loadu_ps(rows[4] + i * 4), 1);
+#else
+        fours[i] = load(rows[0] + i * 4);
+#endif
+    }
+}
+
+// to[i * stride + row] = rows[row][offset + i] for kLanes rows and i < kColumns, a multiple of 4. Loading fours into
+// their places saves half of the shuffles, and those that are slow because they cross a vector's quarters.
+template <int kColumns>
+inline void transpose(const float* const* rows, int64_t offset, float* to, int64_t stride) {
+    const float* from[kLanes];  // copies, which the stores cannot change
+    for (int i = 0; i < kLanes; ++i) from[i] = rows[i] + offset;
+    IntVec low_pairs, high_pairs, low_halves, high_halves;
+    for (int i = 0; i < kLanes; ++i) {
+        const int four = i / 4 * 4, odd = i % 2, upper = i % 4 / 2;
+        low_pairs[i] = four + upper + odd * kLanes;        // a0 b0 a1 b1
+        high_pairs[i] = four + upper + odd * kLanes + 2;   // a2 b2 a3 b3
+        low_halves[i] = four + odd + upper * kLanes;       // a0 a1 b0 b1
+        high_halves[i] = four + odd + upper * kLanes + 2;  // a2 a3 b2 b3
+    }
+    Vec a[kColumns / 4], b[kColumns / 4], c[kColumns / 4], d[kColumns / 4];
+    load_fours(from, a);
+    load_fours(from + 1, b);
+    load_fours(from + 2, c);
+    load_fours(from + 3, d);
+#pragma GCC unroll 4
+    for (int i = 0; i < kColumns / 4; ++i, to += 4 * stride) {
+        const Vec ab_low = __builtin_shuffle(a[i], b[i], low_pairs);
+        const Vec ab_high = __builtin_shuffle(a[i], b[i], high_pairs);
+        const Vec cd_low = __builtin_shuffle(c[i], d[i], low_pairs);
+        const Vec cd_high = __builtin_shuffle(c[i], d[i], high_pairs);
+        store(to, __builtin_shuffle(ab_low, cd_low, low_halves));
+        store(to + stride, __builtin_shuffle(ab_low, cd_low, high_halves));
+        store(to + 2 * stride, __builtin_shuffle(ab_high, cd_high, low_halves));
+        store(to + 3 * stride, __builtin_shuffle(ab_high, cd_high, high_halves));
     }
 }
 
