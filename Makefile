@@ -21,7 +21,8 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 unit: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -m "not gpu"
+	$(VENV)/bin/python -m pytest -m "not gpu and not cluster" -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -m "cluster and not gpu"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

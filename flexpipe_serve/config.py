@@ -72,6 +72,12 @@ class SchedulerArgs(_Strict):
     """Continuous batching."""
 
     max_num_seqs: int = Field(64, ge=1, description="Sequences decoded at once.")
+    steps_in_flight: int | None = Field(
+        None,
+        ge=1,
+        description="Steps computed at once by different stages. By default as many as there are devices among them: GPUs,"
+        " or nodes where they compute on CPUs.",
+    )
     max_num_batched_tokens: int = Field(
         512, ge=1, description="Token budget of a step: longer prompts are computed in chunks of at most this."
     )

@@ -162,7 +162,9 @@ class _Bench:
                 with self._server(domain) as url:
                     await self._measure(domain, url)
             self._is_whole = True
-        except (EngineUnavailableError, InvalidRequestError, TimeoutError) as error:
+        except (ConfigError, EngineUnavailableError, InvalidRequestError, TimeoutError) as error:
+            if not self.sections:
+                raise
             self._console.print(f"[red]given up:[/red] {escape(str(error) or repr(error))}")
 
     @contextlib.contextmanager

@@ -95,7 +95,9 @@ def build_engine(
     )
 
     def make_pipeline(on_lost: OnLost) -> Pipeline:
-        return Pipeline(host, setup=setup, budget=budget, on_lost=on_lost, keys=keys)
+        return Pipeline(
+            host, setup=setup, budget=budget, max_depth=args.scheduler.steps_in_flight, on_lost=on_lost, keys=keys
+        )
 
     engine = Engine(
         make_pipeline,

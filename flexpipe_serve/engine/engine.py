@@ -259,7 +259,7 @@ class Engine:
         """Start the layout from nothing but tokens. Returns how many sequences are replayed."""
         num_blocks = self._pipeline.start(layout)
         self._reports = self._pipeline.reports()
-        num_replayed = self._loop.resume(num_stages=layout.num_stages, num_blocks=num_blocks).result()
+        num_replayed = self._loop.resume(depth=self._pipeline.depth(layout), num_blocks=num_blocks).result()
         self._unavailable = None
         return num_replayed
 

@@ -78,7 +78,8 @@ class StepLoop:
         self._thread = threading.Thread(target=self._run, name="flexpipe-engine", daemon=True)
         # The thread's own.
         self._streams: dict[str, RequestStream] = {}
-        self._num_stages = 0
+        self._depth = 0
+        """Steps in flight at once; 0: none are sent."""
         self._next_step = 1
         self._in_flight: dict[int, _Sent] = {}
         self._conditions: list[tuple[Callable[[], bool], Future[None]]] = []
@@ -158,11 +159,13 @@ class StepLoop:
         """Send no more steps; those in flight are void once :meth:`resume` says how the pipeline goes on."""
 
         def pause() -> None:
-            self._num_stages = 0
+            self._depth = 0
+
+        """Steps in flight at once; 0: none are sent."""
 
         return self.call(pause)
 
-    def resume(self, *, num_stages: int, num_blocks: int) -> Future[int]:
+    def resume(self, *, depth: int, num_blocks: int) -> Future[int]:
         """Go on with a pipeline whose KV is empty: running sequences are replayed from their tokens.
 
         Returns:
@@ -176,7 +179,7 @@ class StepLoop:
             conditions, self._conditions = self._conditions, []
             for _, future in conditions:
                 future.set_exception(EngineUnavailableError("the pipeline was rebuilt meanwhile."))
-            self._num_stages = num_stages
+            self._depth = depth
             num_replayed = self.scheduler.stats().num_running
             for seq in self.scheduler.reset(num_blocks, now=time.monotonic()):
                 self._end(seq)
@@ -212,16 +215,17 @@ class StepLoop:
         """The newest step sent in an epoch; 0: none."""
         return self._last_sent.get(epoch, 0)
 
-    def switch(self, *, num_stages: int, patching_epoch: int | None) -> int:
-        """The link has changed its epoch: go on with as many steps in flight as the new pipeline has stages.
+    def switch(self, *, depth: int, patching_epoch: int | None) -> int:
+        """The link has changed its epoch: go on with as many steps in flight as suits the new pipeline.
 
         Args:
+            depth: steps in flight at once.
             patching_epoch: the old epoch, where stages wait for patches of its steps; else None.
 
         Returns:
             The switch step: the first of the new epoch.
         """
-        self._num_stages = num_stages
+        self._depth = depth
         self._patching_epoch = patching_epoch
         return self._next_step
 
@@ -265,16 +269,16 @@ class StepLoop:
             self._commands.get()()
 
     def _fill_pipeline(self) -> None:
-        """As many steps in flight as stages; a sequence is in one at most."""
+        """Keep as many steps in flight as the pipeline is deep; a sequence is in one at most."""
         if self._hold is not None:
-            if self._hold.since is None and len(self._in_flight) < self._num_stages and self.scheduler.num_unfinished:
+            if self._hold.since is None and len(self._in_flight) < self._depth and self.scheduler.num_unfinished:
                 self._hold.since = time.monotonic()
             return
-        while len(self._in_flight) < self._num_stages:
+        while len(self._in_flight) < self._depth:
             batch = self.scheduler.schedule(
                 step=self._next_step,
                 epoch=self._link.epoch,
-                num_stages=self._num_stages,
+                num_stages=self._depth,
                 now=time.monotonic(),
                 num_threads=self._threads_per_stage(),
                 patched_through=self._last_taken.get(self._patching_epoch or 0, 0),
@@ -298,7 +302,7 @@ class StepLoop:
 
     def _threads_per_stage(self) -> int:
         """Stages that compute at the same time share the cores; one that computes alone has them all."""
-        num_busy = min(self._num_stages, self.scheduler.num_unfinished)
+        num_busy = min(self._depth, self.scheduler.num_unfinished)
         return max(1, self._num_cores // max(1, num_busy))
 
     def _take(self, frames: Sequence[Frame]) -> None:

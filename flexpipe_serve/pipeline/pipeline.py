@@ -40,6 +40,7 @@ class Pipeline:
     Args:
         host: where stages run.
         setup: what all stages have in common; each gets its own name.
+        max_depth: steps in flight at once, up to the number of stages; None: as many as compute at the same time.
         on_lost: called from some thread when a stage ends unasked; with its name and the reason.
     """
 
@@ -49,18 +50,22 @@ class Pipeline:
         *,
         setup: StageSetup,
         budget: KVBudget,
+        max_depth: int | None = None,
         on_lost: Callable[[str, str], None],
         keys: CurveKeys | None = None,
     ) -> None:
         self._host = host
         self._setup = setup
         self.budget = budget
+        self._max_depth = max_depth
         self._on_lost = on_lost
         self._keys = keys
         self._folder = DomainFolder(folder_key(setup.domain_key, host.node))
         self._inbox = ZmqInbox("router", folder=self._folder.path, node=host.node, keys=keys)
         self._stages: dict[str, StageHandle] = {}
         self._endpoints: dict[str, Endpoint] = {}
+        self._devices: dict[str, tuple[str, str]] = {}
+        """Node and device of each stage."""
         self._domains: dict[str, str] = {}
         self._expected_ends: set[str] = set()
         self._lock = threading.Lock()
@@ -225,6 +230,13 @@ class Pipeline:
         """Whose memory a launched stage takes."""
         return self._domains[name]
 
+    def depth(self, layout: Layout) -> int:
+        """Steps to keep in flight. Stages of one node's cores (or of one GPU) do not gain from computing at the same
+        time: each of two half-sized steps reads all weights again, where one step has all cores for it."""
+        if self._max_depth is not None:
+            return min(self._max_depth, layout.num_stages)
+        return len({self._devices[name] for name in layout.stages})
+
     def connect(self, layout: Layout) -> dict[str, Outlet]:
         """Channels to every stage of ``layout``, for ``take_route``."""
         return {name: ZmqOutlet(self._endpoints[name], node=self._host.node, keys=self._keys) for name in layout.stages}
@@ -245,6 +257,7 @@ class Pipeline:
             with self._lock:
                 if report.name in self._stages:
                     self._endpoints[report.name] = report.endpoint
+                    self._devices[report.name] = (report.node, report.device)
             self._domains[report.name] = report.domain
 
     @staticmethod

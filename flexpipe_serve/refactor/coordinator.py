@@ -273,7 +273,7 @@ class Coordinator:
             self._pipeline.take_route(transition.new, epoch=transition.epoch, route=route)
             self._route = None
             step = self._loop.switch(
-                num_stages=transition.new.num_stages,
+                depth=self._pipeline.depth(transition.new),
                 patching_epoch=transition.old_epoch if transition.copies else None,
             )
             self.record.switched_at = time.time()

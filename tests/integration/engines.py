@@ -66,7 +66,11 @@ def running_engine(
             prefix_cache=prefix_cache,
             domain="stage" if private_kv else "node",
         ),
-        scheduler=SchedulerArgs(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
+        scheduler=SchedulerArgs(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            steps_in_flight=16,  # as many as stages, as on devices of their own
+        ),
     )
     engine, spec = build_engine(
         args,

@@ -133,7 +133,7 @@ class LockstepLoop(StepLoop):
     def __init__(self, link: Any, *args: Any, depth: int, script: Script, **kwargs: Any) -> None:
         self.transcript = Transcript()
         super().__init__(_RecordingLink(link, self.transcript.steps), *args, **kwargs)  # type: ignore[arg-type]
-        self._depth = depth
+        self._script_depth = depth
         self._script = script
         self._changes = list(script.changes)
         self._results: dict[int, Sequence[Frame]] = {}
@@ -159,15 +159,15 @@ class LockstepLoop(StepLoop):
         self._engine = engine
         self._link.wake()
 
-    def resume(self, *, num_stages: int, num_blocks: int) -> Future[int]:
-        return super().resume(num_stages=min(num_stages, 1) * self._depth, num_blocks=num_blocks)
+    def resume(self, *, depth: int, num_blocks: int) -> Future[int]:
+        return super().resume(depth=min(depth, 1) * self._script_depth, num_blocks=num_blocks)
 
-    def switch(self, *, num_stages: int, patching_epoch: int | None) -> int:
+    def switch(self, *, depth: int, patching_epoch: int | None) -> int:
         self.transcript.num_kept.append(self.scheduler.stats().num_running)
-        return super().switch(num_stages=self._depth, patching_epoch=patching_epoch)
+        return super().switch(depth=self._script_depth, patching_epoch=patching_epoch)
 
     def hold(self) -> None:
-        assert self._depth == 1, "taking the results in flight without sending more steps would change batches"
+        assert self._script_depth == 1, "taking the results in flight without sending more steps would change batches"
         super().hold()
 
     def _threads_per_stage(self) -> int:

@@ -11,6 +11,7 @@ import pytest
 from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.pipeline.budget import KVBudget
 from flexpipe_serve.pipeline.channel import Endpoint
+from flexpipe_serve.pipeline.layout import make_layout
 from flexpipe_serve.pipeline.pipeline import Pipeline
 from flexpipe_serve.pipeline.stage_types import Assignment, StageHandle, StageReport, StageSetup
 
@@ -22,6 +23,7 @@ class SlowStage:
         self.name = setup.name
         self.setup = setup
         self.over: Future[None] = Future()
+        self.node = "here"
         self.waiting: list[Future[StageReport]] = []
         self.is_up = False
 
@@ -38,7 +40,7 @@ class SlowStage:
         for answer in waiting:
             answer.set_result(
                 StageReport(
-                    name=self.name, setup=self.setup, pid=1, node="here", device="cpu", domain="here",
+                    name=self.name, setup=self.setup, pid=1, node=self.node, device="cpu", domain="here",
                     domain_free_bytes=0, endpoint=Endpoint("here", f"ipc://{self.name}"), epoch=0, start=0, stop=0,
                     weights_bytes=0, overhead_bytes=0, kv_bytes=0, num_blocks=0, num_steps=0, busy_seconds=0.0,
                 )
@@ -134,3 +136,20 @@ def test_only_an_end_unasked_is_a_loss(host: SlowHost, pipeline: Pipeline, lost:
 def test_an_epoch_is_never_given_twice(pipeline: Pipeline) -> None:
     epochs = [pipeline.new_epoch() for _ in range(3)]
     assert epochs == sorted(set(epochs))
+
+
+@pytest.mark.parametrize(("nodes", "max_depth", "depth"), [
+    (["a", "a", "a"], None, 1),
+    (["a", "b", "a"], None, 2),
+    (["a", "a", "a"], 2, 2),
+    (["a", "b", "c"], 16, 3),
+])  # fmt: skip
+def test_as_many_steps_in_flight_as_devices_compute(
+    host: SlowHost, pipeline: Pipeline, nodes: list[str], max_depth: int | None, depth: int
+) -> None:
+    pipeline._max_depth = max_depth
+    for index, node in enumerate(nodes):
+        pipeline.launch(f"stage-{index}")
+        host.stages[f"stage-{index}"].node = node
+        host.stages[f"stage-{index}"].come_up()
+    assert pipeline.depth(make_layout(num_layers=6, boundaries=[2, 4])) == depth
