@@ -75,8 +75,8 @@ class SchedulerArgs(_Strict):
     steps_in_flight: int | None = Field(
         None,
         ge=1,
-        description="Steps computed at once by different stages. By default as many as they have devices: GPUs, or nodes"
-        " where they compute on CPUs.",
+        description="Steps computed at once by different stages. By default as many as they have devices: GPUs, or"
+        " nodes where they compute on CPUs.",
     )
     max_num_batched_tokens: int = Field(
         512, ge=1, description="Token budget of a step: longer prompts are computed in chunks of at most this."
