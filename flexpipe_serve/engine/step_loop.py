@@ -227,6 +227,9 @@ class StepLoop:
         """
         self._depth = depth
         self._patching_epoch = patching_epoch
+        for steps in (self._last_sent, self._last_taken):
+            for epoch in sorted(steps)[:-1]:  # those before the old epoch
+                del steps[epoch]
         return self._next_step
 
     def grow(self, num_blocks: int) -> None:
@@ -237,9 +240,6 @@ class StepLoop:
     def end_patching(self) -> None:
         """All patches are applied: new steps wait for none."""
         self._patching_epoch = None
-        for steps in (self._last_sent, self._last_taken):
-            for epoch in [e for e in steps if e < self._link.epoch]:
-                del steps[epoch]
 
     def _end_hold(self) -> None:
         if self._hold is not None and self._hold.since is not None:

@@ -133,9 +133,8 @@ class Coordinator:
         now = time.monotonic()
         if self._machine.can_cancel and now - self._started > self._timeout_s:
             return TimedOut(self._timeout_s)
-        for command, deadline in self._deadlines.items():
-            if now > deadline:
-                del self._deadlines[command]
+        for command, deadline in list(self._deadlines.items()):  # answers take theirs out meanwhile
+            if now > deadline and self._deadlines.pop(command, None) is not None:
                 return Failed(command, "no answer in time")
         try:
             return self._events.get(timeout=_POLL_S)
