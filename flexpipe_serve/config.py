@@ -137,8 +137,28 @@ class RefactorConfig(_Strict):
     """How much a refactoring may take from those who wait for tokens."""
 
     max_bytes_per_s: _Size = Field(
-        ByteSize(200_000_000), description="Limit of copying KV from a stage to another, such as '200MB'."
+        ByteSize(40_000_000), description="Limit of copying KV from a stage to another, such as '40MB'."
     )
+
+
+class PlannerConfig(_Strict):
+    """When the server changes its own pipeline."""
+
+    mode: Literal["off", "observe", "on"] = Field(
+        "off", description="'observe' records what 'on' would do. GET /flexpipe/plan answers in every mode."
+    )
+    policy: Literal["gated", "flexpipe"] = Field(
+        "gated",
+        description="'gated': predicted gain against predicted cost. 'flexpipe': the scores of the FlexPipe paper.",
+    )
+    interval_s: float = Field(1.0, ge=0.1, description="Between decisions.")
+    horizon_s: float = Field(60.0, gt=0, description="The gain of a change is counted over so long.")
+    margin: float = Field(
+        0.1, ge=0, description="The gain must exceed the cost by this share of the latency over the horizon."
+    )
+    cool_down_s: float = Field(30.0, ge=0, description="After a change, before the next.")
+    max_stages: int = Field(4, ge=1, description="Largest granularity to consider.")
+    max_pipelines: int = Field(1, ge=1, description="Most pipelines to serve with at once.")
 
 
 class UserConfig(_Strict):
@@ -147,6 +167,7 @@ class UserConfig(_Strict):
     layout: LayoutConfig = Field(default_factory=lambda: LayoutConfig(stages=2), description="The split.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Admission limits.")
     refactor: RefactorConfig = Field(default_factory=RefactorConfig, description="Limits of refactorings.")
+    planner: PlannerConfig = Field(default_factory=PlannerConfig, description="Changes that nobody asks for.")
     warm_stages: int = Field(
         0,
         ge=0,

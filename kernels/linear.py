@@ -92,18 +92,15 @@ class OneDnnLinear:
         return torch.equal(self(x[:1]), self(x)[:1])
 
 
-def _native_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    library = native_library()
-    assert library is not None, "only called where the kind is available"
-    return NativeLinear(library, weight, bias)
-
-
 _KINDS: dict[str, Callable[[torch.Tensor, torch.Tensor | None], Linear]] = {
     "plain": PlainLinear,
     "transposed": TransposedLinear,
     "onednn": OneDnnLinear,
-    "native": _native_linear,
 }
+
+
+def nothing() -> None:
+    """Nothing to do in between."""
 
 
 def available_kinds(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
@@ -117,13 +114,16 @@ def available_kinds(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]
     return (*native, *onednn, "transposed", "plain")
 
 
-def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, *, kind: str) -> Linear:
+def pack_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None = None, *, kind: str, between: Callable[[], None] = nothing
+) -> Linear:
     """A linear map of the given kind.
 
     Args:
         weight: [out_features, in_features], on its device; owned by the result from now on.
         bias: [out_features].
         kind: one of ``available_kinds`` of the weight's device.
+        between: called after every few MB of packing, where that takes long; may wait, or raise to give up.
 
     Raises:
         ConfigError: the kind does not work there.
@@ -133,4 +133,8 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, *, kind:
         raise ConfigError(
             f"linear kind {kind!r} does not work on {weight.device} in {weight.dtype}; use one of {', '.join(kinds)}."
         )
+    if kind == "native":
+        library = native_library()
+        assert library is not None, "only there where it can be had"
+        return NativeLinear(library, weight, bias, between)
     return _KINDS[kind](weight, bias)

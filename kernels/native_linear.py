@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Callable
 
 import torch
 
 from flexpipe_serve.kernels.native import native_threads
 
 _HUGE_PAGE = 2 << 20
+_PIECE_BYTES = 2 << 20
 
 
 class Linear(ctypes.Structure):
@@ -27,9 +29,14 @@ class NativeLinear:
     """The weight in panels of as many outputs as three vector registers hold.
 
     The bits of a row depend neither on the other rows nor on the number of threads.
+
+    Args:
+        between: called after every few MB that were packed; may wait, or raise to give up.
     """
 
-    def __init__(self, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None, between: Callable[[], None]
+    ) -> None:
         self.library = library
         self._num_outputs, num_inputs = weight.shape
         panel = library.flexpipe_panel()
@@ -38,7 +45,12 @@ class NativeLinear:
         self._bias = None if bias is None else bias.contiguous()
         num_whole = self._num_outputs // panel
         whole, rest = weight.tensor_split([num_whole * panel])
-        self._packed[:num_whole].copy_(whole.view(num_whole, panel, num_inputs).transpose(1, 2))
+        panels = whole.view(num_whole, panel, num_inputs).transpose(1, 2)
+        piece = max(1, _PIECE_BYTES // self._packed[:1].nbytes)
+        for start in range(0, num_whole, piece):
+            stop = min(start + piece, num_whole)
+            self._packed[start:stop].copy_(panels[start:stop])
+            between()
         if len(rest):
             self._packed[num_whole].zero_()
             self._packed[num_whole, :, : len(rest)] = rest.t()

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +23,7 @@ from flexpipe_serve.kv.file_lock import close_shared, open_shared
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _MADV_POPULATE_WRITE = 23
+_PIECE_BYTES = 4 << 20  # whole pages
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -77,11 +79,14 @@ class Segment(Protocol):
     @property
     def committed_bytes(self) -> int: ...
 
-    def resize(self, num_blocks: int) -> None:
+    def resize(self, num_blocks: int, *, between: Callable[[], None]) -> None:
         """Commit or release memory so that exactly the first ``num_blocks`` blocks are usable.
 
         Blocks below both the old and the new number keep their contents; new ones are zero, or what another
         process keeps there.
+
+        Args:
+            between: called after every few MB; may wait, or raise to give up, and then the same call is to follow.
 
         Raises:
             ValueError: ``num_blocks`` is negative or above ``max_blocks``.
@@ -152,38 +157,35 @@ class SharedSegment:
         """Memory the file really takes, whoever committed it (whole pages)."""
         return os.fstat(self._fd).st_blocks * 512
 
-    def resize(self, num_blocks: int) -> None:
+    def resize(self, num_blocks: int, *, between: Callable[[], None] = lambda: None) -> None:
         _check_num_blocks(num_blocks, self.max_blocks)
         if num_blocks > self._num_blocks:
-            self._commit(num_blocks)
-            self._populate(num_blocks)
+            self._commit(num_blocks, between)
         self._tensor = self._reserved[:num_blocks]
         self._punch(num_blocks)
         self._num_blocks = num_blocks
 
-    def _commit(self, num_blocks: int) -> None:
-        start = self.committed_bytes
-        length = num_blocks * self.shape.num_bytes - start
-        try:
-            os.posix_fallocate(self._fd, start, length)
-        except OSError as error:
-            # tmpfs takes back what a failed call had got, so blocks that another process committed stay untouched.
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise KVMemoryError(
-                f"{self.path} cannot grow from {self._num_blocks} to {num_blocks} blocks: that takes "
-                f"{_mib(length)} of shared memory, and {_mib(free_bytes(self._fd))} are free in {self.path.parent}. "
-                "Lower the KV memory budget or enlarge the file system (Docker: --shm-size; Kubernetes: an emptyDir "
-                "of medium Memory at /dev/shm)."
-            ) from error
-
-    def _populate(self, num_blocks: int) -> None:
-        """Map the new blocks' pages now: else each takes a fault in the middle of a step."""
-        page = mmap.PAGESIZE
-        start = self.committed_bytes // page * page
-        length = num_blocks * self.shape.num_bytes - start
-        # Advice only: before Linux 5.14 the call is not known, and the faults come later.
-        _libc.madvise(self._reserved.data_ptr() + start, length, _MADV_POPULATE_WRITE)
+    def _commit(self, num_blocks: int, between: Callable[[], None]) -> None:
+        stop = num_blocks * self.shape.num_bytes
+        first = self.committed_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        for start in range(first, stop, _PIECE_BYTES):
+            length = min(_PIECE_BYTES, stop - start)
+            try:
+                os.posix_fallocate(self._fd, start, length)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
+                    raise
+                self._punch(self._num_blocks)
+                raise KVMemoryError(
+                    f"{self.path} cannot grow from {self._num_blocks} to {num_blocks} blocks: that takes "
+                    f"{_mib(stop - self.committed_bytes)} of shared memory, and {_mib(free_bytes(self._fd))} are free "
+                    f"in {self.path.parent}. Lower the KV memory budget or enlarge the file system (Docker: --shm-size;"
+                    " Kubernetes: an emptyDir of medium Memory at /dev/shm)."
+                ) from error
+            # Map the pages now: else each takes a fault in the middle of a step. Advice only: before Linux 5.14 the
+            # call is not known, and the faults come later.
+            _libc.madvise(self._reserved.data_ptr() + start, length, _MADV_POPULATE_WRITE)
+            between()
 
     def _punch(self, num_blocks: int) -> None:
         # To the end of the range, and also when growing: another process may have committed more.
@@ -225,7 +227,7 @@ class DeviceSegment:
     def committed_bytes(self) -> int:
         return self._tensor.numel() * self.shape.dtype.itemsize
 
-    def resize(self, num_blocks: int) -> None:
+    def resize(self, num_blocks: int, *, between: Callable[[], None] = lambda: None) -> None:
         _check_num_blocks(num_blocks, self.max_blocks)
         if num_blocks == self.num_blocks:
             return

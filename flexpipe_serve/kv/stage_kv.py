@@ -50,7 +50,7 @@ class StageKV(Mapping[int, torch.Tensor]):
         """Have segments of ``layers``, each with ``num_blocks`` blocks. KV that the domain has of them is there.
 
         Args:
-            between: called after each segment; may wait, or raise to give up. What is done by then stays.
+            between: called after every few MB; may wait, or raise to give up. What is done by then stays.
 
         Raises:
             KVMemoryError: the memory cannot be had. What is done by then stays.
@@ -59,8 +59,8 @@ class StageKV(Mapping[int, torch.Tensor]):
             if layer not in self._segments:
                 segment = self._make(layer)
                 try:
-                    segment.resize(self.num_blocks)
-                except KVMemoryError:
+                    segment.resize(self.num_blocks, between=between)
+                except BaseException:
                     segment.close()
                     raise
                 self._segments = {**self._segments, layer: segment}
@@ -70,7 +70,7 @@ class StageKV(Mapping[int, torch.Tensor]):
         """Have exactly ``num_blocks`` blocks in every segment.
 
         Args:
-            between: called after each segment; may wait, or raise to give up, and then the same call is to follow.
+            between: called after every few MB; may wait, or raise to give up, and then the same call is to follow.
 
         Raises:
             KVMemoryError: the memory cannot be had; all is as before.
@@ -80,11 +80,11 @@ class StageKV(Mapping[int, torch.Tensor]):
             self.num_blocks = num_blocks  # first: nobody may count on blocks that go
         try:
             for segment in self._segments.values():
-                segment.resize(num_blocks)
+                segment.resize(num_blocks, between=between)
                 between()
         except KVMemoryError:
             for segment in self._segments.values():
-                segment.resize(before)
+                segment.resize(before, between=lambda: None)
             raise
         self.num_blocks = num_blocks
 

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.model.tensor_index import TensorInfo, layer_names, read_tensor_index
 
+_PIECE_BYTES = 2 << 20
+
 
 class Checkpoint:
     """A safetensors checkpoint in a folder.
@@ -30,7 +32,7 @@ class Checkpoint:
     def read(
         self, names: Iterable[str], *, device: torch.device, dtype: torch.dtype, between: Callable[[], None]
     ) -> dict[str, torch.Tensor]:
-        """Tensors ``names`` on ``device`` in ``dtype``; ``between`` is called after each.
+        """Tensors ``names`` on ``device`` in ``dtype``; ``between`` is called after every few MB.
 
         Raises:
             ConfigError: a file is missing or damaged.
@@ -46,8 +48,7 @@ class Checkpoint:
                     tensor = shards[file].get_tensor(name)
                 except (OSError, SafetensorError) as error:
                     raise ConfigError(f"{file} is missing or damaged, {name} cannot be read: {error}") from error
-                tensors[name] = tensor.to(device=device, dtype=dtype, copy=True)
-                between()
+                tensors[name] = _copy(tensor, device=device, dtype=dtype, between=between)
         return tensors
 
     def read_layer(
@@ -57,3 +58,18 @@ class Checkpoint:
         names = layer_names(self.index, layer)
         tensors = self.read(names, device=device, dtype=dtype, between=between)
         return {name.split(".", 3)[3]: tensor for name, tensor in tensors.items()}
+
+
+def _copy(
+    tensor: torch.Tensor, *, device: torch.device, dtype: torch.dtype, between: Callable[[], None]
+) -> torch.Tensor:
+    copied = torch.empty(tensor.shape, device=device, dtype=dtype)
+    num_rows = max(1, _PIECE_BYTES // max(1, tensor[:1].nbytes)) if tensor.dim() else 0
+    if len(tensor.shape) and num_rows < len(tensor):
+        for start in range(0, len(tensor), num_rows):
+            copied[start : start + num_rows].copy_(tensor[start : start + num_rows])
+            between()
+    else:
+        copied.copy_(tensor)
+        between()
+    return copied

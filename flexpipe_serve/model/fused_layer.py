@@ -7,14 +7,14 @@ pipeline run the same one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from flexpipe_serve.errors import UnsupportedModelError
 from flexpipe_serve.kernels.elementwise import interleave_halves, rms_norm, rotate_pairs_, swiglu
-from flexpipe_serve.kernels.linear import Linear, pack_linear
+from flexpipe_serve.kernels.linear import Linear, nothing, pack_linear
 from flexpipe_serve.kernels.native_attention import NativePlan
 from flexpipe_serve.kernels.native_layer import NativeLayer
 from flexpipe_serve.kernels.native_linear import NativeLinear
@@ -28,6 +28,7 @@ class FusedLayer:
         tensors: by their names within the layer; owned by the layer from now on.
         rotary_dim: how many dimensions of a head are rotated.
         linear: kind of the linear maps (``flexpipe_serve.kernels.linear``).
+        between: called after every few milliseconds of packing; may wait, or raise to give up.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class FusedLayer:
         rotary_dim: int,
         eps: float,
         linear: str,
+        between: Callable[[], None] = nothing,
     ) -> None:
         self.num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         self._num_heads = num_heads
@@ -55,7 +57,9 @@ class FusedLayer:
             return interleave_halves(weight, head_dim=head_dim, rotary_dim=rotary_dim)
 
         def linear_map(name: str) -> Linear:
-            return pack_linear(weights.pop(f"{name}.weight"), weights.pop(f"{name}.bias", None), kind=linear)
+            between()
+            weight, bias = weights.pop(f"{name}.weight"), weights.pop(f"{name}.bias", None)
+            return pack_linear(weight, bias, kind=linear, between=between)
 
         num_rotated_rows = (num_heads + num_kv_heads) * head_dim
         for name in ("self_attn.qkv_proj.weight", "self_attn.qkv_proj.bias"):

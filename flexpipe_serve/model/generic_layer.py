@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from flexpipe_serve.errors import UnsupportedModelError
-from flexpipe_serve.kernels.linear import pack_linear
+from flexpipe_serve.kernels.linear import nothing, pack_linear
 from flexpipe_serve.model.layer import StepContext
 from flexpipe_serve.model.support import ExpertNames
 
@@ -41,10 +41,10 @@ AttentionInterface.register(ATTENTION_NAME, _paged_attention)
 class _PackedLinear(nn.Module):
     """Stands where transformers' layer has an ``nn.Linear``."""
 
-    def __init__(self, linear: nn.Linear, *, kind: str) -> None:
+    def __init__(self, linear: nn.Linear, *, kind: str, between: Callable[[], None]) -> None:
         super().__init__()
         bias = None if linear.bias is None else linear.bias.detach()
-        self._linear = pack_linear(linear.weight.detach(), bias, kind=kind)
+        self._linear = pack_linear(linear.weight.detach(), bias, kind=kind, between=between)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._linear(x.flatten(0, -2)).view(*x.shape[:-1], -1)
@@ -58,10 +58,17 @@ class GenericLayer:
         tensors: the layer's checkpoint tensors by their names within the layer.
         experts: how the checkpoint names experts; None for a dense model.
         linear: kind of the linear maps (``flexpipe_serve.kernels.linear``).
+        between: called after every few milliseconds of packing; may wait, or raise to give up.
     """
 
     def __init__(
-        self, module: nn.Module, tensors: Mapping[str, torch.Tensor], *, experts: ExpertNames | None, linear: str
+        self,
+        module: nn.Module,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        experts: ExpertNames | None,
+        linear: str,
+        between: Callable[[], None] = nothing,
     ) -> None:
         weights = dict(tensors) if experts is None else _stack_experts(tensors, experts)
         missing, unexpected = module.load_state_dict(weights, strict=False, assign=True)
@@ -75,7 +82,7 @@ class GenericLayer:
         for name, child in list(module.named_modules()):
             if isinstance(child, nn.Linear):
                 parent = module.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], _PackedLinear(child, kind=linear))
+                setattr(parent, name.rpartition(".")[2], _PackedLinear(child, kind=linear, between=between))
 
     def forward(self, hidden: torch.Tensor, context: StepContext, kv: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self._module(

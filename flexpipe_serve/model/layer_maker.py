@@ -6,7 +6,7 @@ them: a stage of a fused model without scaled rope starts without.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -21,8 +21,11 @@ from flexpipe_serve.model.source import ModelSpec
 class LayerMaker(Protocol):
     """Makes the layers of one model, and what they share in a step."""
 
-    def make(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> DecoderLayer:
+    def make(self, layer: int, tensors: Mapping[str, torch.Tensor], *, between: Callable[[], None]) -> DecoderLayer:
         """Layer with the global index ``layer`` from its checkpoint tensors, by their names within the layer.
+
+        Args:
+            between: called after every few milliseconds of work; may wait, or raise to give up.
 
         Raises:
             UnsupportedModelError: the tensors do not match the architecture.
@@ -57,7 +60,7 @@ class _FusedLayerMaker:
 
             self._rotary = Skeleton(spec).rotary(device)
 
-    def make(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> DecoderLayer:
+    def make(self, layer: int, tensors: Mapping[str, torch.Tensor], *, between: Callable[[], None]) -> DecoderLayer:
         return FusedLayer(
             tensors,
             num_heads=self._spec.num_heads,
@@ -66,6 +69,7 @@ class _FusedLayerMaker:
             rotary_dim=2 * self._rotary.inv_freq.numel(),
             eps=self._spec.norm_eps,
             linear=self._linear,
+            between=between,
         )
 
     def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -84,8 +88,9 @@ class _GenericLayerMaker:
         self._experts = spec.family.experts
         self._linear = linear
 
-    def make(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> DecoderLayer:
-        return self._layer_class(self._skeleton.layer(layer), tensors, experts=self._experts, linear=self._linear)
+    def make(self, layer: int, tensors: Mapping[str, torch.Tensor], *, between: Callable[[], None]) -> DecoderLayer:
+        module = self._skeleton.layer(layer)
+        return self._layer_class(module, tensors, experts=self._experts, linear=self._linear, between=between)
 
     def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._rotary(hidden, positions.unsqueeze(0))

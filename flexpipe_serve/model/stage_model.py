@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from flexpipe_serve.kernels.attention import AttentionBackend
 from flexpipe_serve.kernels.elementwise import rms_norm
-from flexpipe_serve.kernels.linear import Linear, PlainLinear, pack_linear
+from flexpipe_serve.kernels.linear import Linear, PlainLinear, nothing, pack_linear
 from flexpipe_serve.kernels.native_attention import NativeAttention
 from flexpipe_serve.model.checkpoint import Checkpoint
 from flexpipe_serve.model.freed_memory import return_freed_memory
@@ -18,10 +18,6 @@ from flexpipe_serve.model.layer import DecoderLayer, StepContext
 from flexpipe_serve.model.layer_maker import make_layer_maker
 from flexpipe_serve.model.one_thread import one_thread
 from flexpipe_serve.model.source import EMBEDDING_NAME, HEAD_NAME, NORM_NAME, ModelSpec
-
-
-def _nothing() -> None:
-    pass
 
 
 class StageModel:
@@ -76,12 +72,12 @@ class StageModel:
         *,
         embedding: bool = False,
         head: bool = False,
-        between: Callable[[], None] = _nothing,
+        between: Callable[[], None] = nothing,
     ) -> None:
         """Have these layers and ends; what is there already stays as it is.
 
         Args:
-            between: called after each tensor that was read; may wait, or raise to give up.
+            between: called after every few milliseconds of work; may wait, or raise to give up.
 
         Raises:
             UnsupportedModelError: the checkpoint's weights do not match the architecture.
@@ -94,7 +90,7 @@ class StageModel:
         for layer in layers:
             if layer not in self._layers:
                 tensors = self._checkpoint.read_layer(layer, device=self._device, dtype=self._dtype, between=between)
-                made = self._maker.make(layer, tensors)
+                made = self._maker.make(layer, tensors, between=between)
                 del tensors
                 self._layers = {**self._layers, layer: made}
                 between()
@@ -170,7 +166,7 @@ class StageModel:
         else:
             weight = self._read(EMBEDDING_NAME if self._spec.tied_embeddings else HEAD_NAME, between)
         self._head_bytes = weight.nbytes + self._norm.nbytes
-        self._head = pack_linear(weight, kind=self._linear)
+        self._head = pack_linear(weight, kind=self._linear, between=between)
 
     def _read(self, name: str, between: Callable[[], None]) -> torch.Tensor:
         return self._checkpoint.read([name], device=self._device, dtype=self._dtype, between=between)[name]

@@ -9,12 +9,18 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+import psutil
+
 _T = TypeVar("_T")
 _LOWER_BY = 5
 """Steps of niceness: about a third of a normal thread's share."""
-_LEAST_SHARE = 0.05
-"""Of one core, which work gets however busy the cores are."""
-_PATIENCE_S = 0.5
+_SHARE = 0.04
+"""Of one core, for work that takes seconds while the cores are wanted: what those who wait for tokens may lose."""
+_SPARE_CORES = 0.75
+"""So much of the machine unused: nobody is kept waiting."""
+_LOOK_EVERY_S = 0.1
+_STARVING_SHARE = 0.1
+_PATIENCE_S = 0.25
 
 
 class _StarvedError(Exception):
@@ -33,40 +39,72 @@ def in_background(work: Callable[[], _T]) -> _T:
 def gently(work: Callable[[Callable[[], None]], _T]) -> _T:
     """Do ``work``, which may take seconds, while steps run, and wait for it.
 
-    It runs where nobody else wants the core; such a thread gives way at once. Where that would starve it, it gets a
-    small share of a core, in short pieces.
+    It runs where nobody else wants the core; such a thread gives way at once. Yet what it takes is felt, in caches and
+    in memory, so on a busy machine it rests most of the time. Where it would starve, it rests only.
 
     Args:
         work: calls what it is given after every few milliseconds of work. May be called a second time, to go on where
             it was.
     """
+    pace = _Pace()
     try:
-        return _in_thread(lambda: work(_IdlePace()), lambda: os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0)))
+        return _in_thread(
+            lambda: work(pace.rest_or_starve), lambda: os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        )
     except _StarvedError:
-        return work(_SharePace())
+        return in_background(lambda: work(pace.rest))
 
 
-class _IdlePace:
-    """Raises _StarvedError when the calling thread has got less than it should."""
+class _Pace:
+    """Keeps the thread that calls it to its share of a core."""
 
     def __init__(self) -> None:
-        self._start = (time.monotonic(), time.thread_time())
+        self._spare = _SpareCores()
+        self._worked = 0.0
+        self._working = 0.0
+        self._last: tuple[float, float] | None = None
 
-    def __call__(self) -> None:
-        elapsed = time.monotonic() - self._start[0]
-        if elapsed > _PATIENCE_S and time.thread_time() - self._start[1] < _LEAST_SHARE * elapsed:
+    def rest(self) -> None:
+        """Sleep as long as the work since the last call asks for."""
+        now, used = time.monotonic(), time.thread_time()
+        if self._last is not None:
+            worked = used - self._last[1]
+            self._worked += worked
+            self._working += now - self._last[0]
+            if self._spare.count(now, used) < _SPARE_CORES:
+                time.sleep(worked * (1 / _SHARE - 1))
+        self._last = (time.monotonic(), used)
+
+    def rest_or_starve(self) -> None:
+        """The same, or raise _StarvedError when the thread hardly gets on while it works."""
+        self.rest()
+        if self._working > _PATIENCE_S and self._worked < _STARVING_SHARE * self._working:
+            self._last = None
             raise _StarvedError
 
 
-class _SharePace:
-    """Sleeps so that the calling thread takes no more than its share."""
+class _SpareCores:
+    """How much of the machine is unused, but for the calling thread."""
 
     def __init__(self) -> None:
-        self._last = time.thread_time()
+        self._last: tuple[float, float, float] | None = None
+        self._count = 0.0
 
-    def __call__(self) -> None:
-        time.sleep((time.thread_time() - self._last) * (1 / _LEAST_SHARE - 1))
-        self._last = time.thread_time()
+    def count(self, now: float, used: float) -> float:
+        """In cores, over the last moments; 0 before there is anything to go by.
+
+        Args:
+            now: the time.
+            used: CPU seconds of the calling thread.
+        """
+        if self._last is None:
+            self._last = (now, used, psutil.cpu_times().idle)
+        elapsed = now - self._last[0]
+        if elapsed >= _LOOK_EVERY_S:
+            idle = psutil.cpu_times().idle
+            self._count = (idle - self._last[2] + used - self._last[1]) / elapsed
+            self._last = (now, used, idle)
+        return self._count
 
 
 def _niceness() -> int:

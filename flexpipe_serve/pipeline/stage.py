@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 
@@ -23,6 +24,9 @@ from flexpipe_serve.pipeline.stage_loop import StageLoop
 from flexpipe_serve.pipeline.stage_types import Assignment, StageReport, StageSetup, folder_key
 from flexpipe_serve.pipeline.step_compute import StepComputer
 
+_SWITCH_INTERVAL_S = 0.0005
+"""Of Python's threads: a step must not wait 5 ms (the default) for a thread that loads to let go."""
+
 
 class Stage:
     """One stage. Call :meth:`run` in a thread of its own; :meth:`close` ends it.
@@ -31,6 +35,7 @@ class Stage:
     """
 
     def __init__(self, setup: StageSetup, *, node: str | None = None) -> None:
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self.setup = setup
         self.node = node or socket.gethostname()
         self.computer = in_background(lambda: StepComputer(setup))

@@ -58,7 +58,7 @@ class RefactorManager:
         self._records: OrderedDict[str, RefactorRecord] = OrderedDict()
         self._running: Coordinator | None = None
         self._thread: threading.Thread | None = None
-        self.max_bytes_per_s = 2e8
+        self.max_bytes_per_s = 4e7
         self.num_warm_stages = 0
         """Wanted size of the pool."""
 

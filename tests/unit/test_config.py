@@ -19,7 +19,7 @@ def test_the_shipped_configuration_is_valid():
     assert args.model.source == "demo"
     assert args.memory_budget == 4 << 30
     assert user.layout.stages == 2
-    assert (user.refactor.max_bytes_per_s, user.warm_stages) == (200_000_000, 0)
+    assert (user.refactor.max_bytes_per_s, user.warm_stages) == (40_000_000, 0)
 
 
 def test_defaults_are_complete():
