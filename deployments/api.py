@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from flexpipe_serve import __version__
-from flexpipe_serve.deployments import admin, routes
+from flexpipe_serve.deployments import admin, draining, planning, routes
 from flexpipe_serve.deployments.auth import ApiKeyMiddleware
 from flexpipe_serve.deployments.context import ApiContext
 from flexpipe_serve.deployments.errors import FORESEEN, ApiError, as_api_error
@@ -42,6 +42,8 @@ def create_app(
     app.state.context = ApiContext(get_engine=get_engine, get_limits=get_limits)
     app.include_router(routes.router)
     app.include_router(admin.router)
+    app.include_router(planning.router)
+    app.include_router(draining.router)
     publish_schemas(app)
     for kind in FORESEEN:
         app.add_exception_handler(kind, _answer_error)

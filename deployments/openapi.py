@@ -13,14 +13,18 @@ from flexpipe_serve.deployments.protocol import (
     ChatCompletionRequest,
     Completion,
     CompletionRequest,
+    DecisionList,
     DetokenizeAnswer,
     DetokenizeRequest,
+    DrainList,
     ErrorAnswer,
     EventList,
     RefactorList,
     TokenizeAnswer,
     TokenizeRequest,
 )
+from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
+from flexpipe_serve.planner.types import Decision
 from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
 
 _STRUCTS = (
@@ -29,8 +33,13 @@ _STRUCTS = (
     ChatCompletionRequest,
     Completion,
     CompletionRequest,
+    Decision,
+    DecisionList,
     DetokenizeAnswer,
     DetokenizeRequest,
+    DrainList,
+    DrainRecord,
+    DrainRequest,
     ErrorAnswer,
     EventList,
     RefactorList,
@@ -42,7 +51,7 @@ _STRUCTS = (
 _ERRORS = {
     400: "A parameter is wrong, unknown or not supported; `param` names it",
     401: "No valid API key",
-    404: "No such model, or no such refactoring",
+    404: "No such model, no such refactoring, or a node that is not drained",
     409: "Another refactoring is running",
     413: "The body is too large",
     429: "The waiting queue is full; see Retry-After",

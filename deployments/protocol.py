@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from flexpipe_serve.placement.drain import DrainRecord
+from flexpipe_serve.planner.types import Decision
 from flexpipe_serve.refactor.record import RefactorRecord
 
 MAX_SEQUENCES = 256
@@ -260,11 +262,25 @@ class RefactorList(msgspec.Struct, kw_only=True):
     data: list[RefactorRecord]
 
 
+class DrainList(msgspec.Struct, kw_only=True):
+    """The answer of ``GET /flexpipe/drain``."""
+
+    object: Literal["list"] = "list"
+    data: list[DrainRecord]
+
+
 class EventList(msgspec.Struct, kw_only=True):
     """The answer of ``GET /flexpipe/events``, the newest last: each has ``time`` (Unix), ``kind`` and ``message``."""
 
     object: Literal["list"] = "list"
     data: list[dict[str, Any]]
+
+
+class DecisionList(msgspec.Struct, kw_only=True):
+    """The answer of ``GET /flexpipe/decisions``, the newest last."""
+
+    object: Literal["list"] = "list"
+    data: list[Decision]
 
 
 class ErrorDetail(msgspec.Struct, kw_only=True):

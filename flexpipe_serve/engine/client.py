@@ -13,6 +13,8 @@ import tokenizers
 
 from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.sampling_params import SamplingParams
+from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
+from flexpipe_serve.planner.types import Decision
 from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
 
 
@@ -107,6 +109,40 @@ class EngineClient(Protocol):
         """Records of the latest ones, the newest last."""
         ...
 
+    async def drain(self, request: DrainRequest) -> DrainRecord:
+        """Begin to empty a node, or give the one that is being emptied a new deadline. Returns at once.
+
+        Raises:
+            InvalidRequestError: there is no such node.
+            RefactorRefusedError: there is no other node.
+            EngineUnavailableError: the pipeline is not up.
+        """
+        ...
+
+    def drains(self) -> list[DrainRecord]:
+        """Records of the nodes that are being emptied or kept empty."""
+        ...
+
+    async def undrain(self, node: str, /) -> DrainRecord | None:
+        """Let stages be launched on a node again. Returns its last record; None where it was not drained.
+
+        Raises:
+            RefactorRefusedError: Ray itself drains it.
+        """
+        ...
+
     def events(self) -> list[dict[str, Any]]:
         """What happened to the pipeline lately, the newest last: each with ``time`` (Unix), ``kind``, ``message``."""
+        ...
+
+    def plan(self) -> Decision:
+        """What the planner would do now; nothing comes of it. Not for the event loop's thread.
+
+        Raises:
+            EngineUnavailableError: there is no pipeline, or no profile to plan by yet.
+        """
+        ...
+
+    def decisions(self) -> list[Decision]:
+        """The planner's latest decisions, the newest last."""
         ...
