@@ -63,7 +63,15 @@ class RefactorRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """Number of stages, with layers split as the server likes."""
     boundaries: tuple[_Int, ...] | None = None
     """First layer of each later stage; () is a single stage."""
+    nodes: tuple[str, ...] | None = None
+    """Where each stage shall stand, in pipeline order: a node's id as ``GET /flexpipe/status`` shows it, the beginning
+    of that, or its name or address where no other node has the same. By default stages stay where they are, and new
+    ones join them."""
+    avoid: tuple[str, ...] = ()
+    """Nodes where no stage shall stand afterwards."""
     mode: Mode = Mode.LIVE
+    hurry: bool = False
+    """Load weights without the rests that spare those who wait for tokens: for a node that is about to go."""
     dry_run: bool = False
     """Only plan: say what would be done and whether it fits."""
     resize_kv: bool = True
@@ -83,6 +91,11 @@ class RefactorRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             raise InvalidRequestError(f"stages is {self.stages}; it must be at least 1.", param="stages")
         if self.boundaries is not None:
             self._check_boundaries(self.boundaries)
+        num_stages = self.stages if self.boundaries is None else len(self.boundaries) + 1
+        if self.nodes is not None and len(self.nodes) != num_stages:
+            raise InvalidRequestError(
+                f"nodes names {len(self.nodes)} for {num_stages} stages; name one node for each stage.", param="nodes"
+            )
         for name in ("max_bytes_per_s", "timeout_s"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -110,6 +123,8 @@ class StagePlan(msgspec.Struct, frozen=True, kw_only=True):
     """First layer."""
     stop: int
     """First layer behind."""
+    node: str | None = None
+    """Where it stands."""
 
 
 class MovePlan(msgspec.Struct, frozen=True, kw_only=True):

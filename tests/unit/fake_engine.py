@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from fake_drains import FakeDrains
 from fake_refactorings import FakeRefactorings
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -45,7 +46,7 @@ class FakeTokenizer:
         return self.encode(text + "<|turn|>assistant\n" if kwargs.get("add_generation_prompt") else text)
 
 
-class FakeEngine(FakeRefactorings):
+class FakeEngine(FakeRefactorings, FakeDrains):
     """Replies ``reply``, token by token; a sampled sequence begins ``seed + index`` tokens later in it.
 
     Args:

@@ -33,6 +33,7 @@ class FakeRefactorings:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.refuse_refactor_with: Exception | None = None
         self.hold_at: Phase | None = None
         self.requests: list[RefactorRequest] = []
