@@ -1,0 +1,114 @@
+"""The pipeline as the planner sees it: which devices there are, and how the layers lie on them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from flexpipe_serve.engine.scheduler_config import SchedulerStats
+from flexpipe_serve.pipeline.layout import Layout
+from flexpipe_serve.pipeline.stage_types import StageReport
+from flexpipe_serve.planner.types import Split, StageDevice
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineView:
+    """What a decision starts from."""
+
+    split: Split
+    devices: tuple[StageDevice, ...]
+    num_waiting: int
+    num_running: int
+    num_kv_tokens_in_use: int
+    num_kv_tokens: int
+    num_prompt_tokens: int
+    """Since the start."""
+    num_prefix_hit_tokens: int
+    is_changing: bool
+    """A refactoring runs: nothing is to be decided."""
+
+
+def device_of(report: StageReport, *, memory_bytes: int) -> StageDevice:
+    """The device that a stage stands on; stages with a domain and a compute in common stand on the same one."""
+    return StageDevice(
+        name=report.domain if report.domain == report.compute else f"{report.domain}@{report.compute}",
+        node=report.node,
+        compute=report.compute,
+        domain=report.domain,
+        memory_bytes=memory_bytes,
+        overhead_bytes=report.overhead_bytes,
+        speed=report.speed,
+    )
+
+
+def devices_of(reports: Iterable[StageReport], budgets: Mapping[str, int]) -> dict[str, StageDevice]:
+    """The device of each stage, by the stage's name. A device's overhead is that of its largest stage.
+
+    Args:
+        budgets: bytes by domain; stages whose domain has none yet are left out.
+    """
+    devices = {r.name: device_of(r, memory_bytes=budgets[r.domain]) for r in reports if r.domain in budgets}
+    largest: dict[str, StageDevice] = {}
+    for device in devices.values():
+        if device.name not in largest or device.overhead_bytes > largest[device.name].overhead_bytes:
+            largest[device.name] = device
+    return {name: largest[device.name] for name, device in devices.items()}
+
+
+def split_of(layout: Layout, devices: Mapping[str, StageDevice], *, num_pipelines: int = 1) -> Split:
+    """The layout in force, for the planner."""
+    return Split(
+        boundaries=layout.boundaries,
+        devices=tuple(devices[name] for name in layout.stages),
+        num_pipelines=num_pipelines,
+    )
+
+
+def distinct(devices: Iterable[StageDevice]) -> tuple[StageDevice, ...]:
+    """Each device once, in the order they come."""
+    return tuple({device.name: device for device in devices}.values())
+
+
+def nodes_of(split: Split, *, present: Sequence[str]) -> tuple[str, ...] | None:
+    """The node of each stage of ``split``; None where all are on the one node that the pipeline is on already."""
+    nodes = tuple(device.node for device in split.devices)
+    return None if {*nodes} == {*present} and len({*nodes}) == 1 else nodes
+
+
+def make_view(
+    *,
+    layout: Layout,
+    reports: Mapping[str, StageReport],
+    budgets: Mapping[str, int],
+    stats: SchedulerStats,
+    block_size: int,
+    is_changing: bool,
+    num_pipelines: int = 1,
+    elsewhere: Iterable[StageDevice] = (),
+) -> PipelineView | None:
+    """The view of a pipeline.
+
+    Args:
+        reports: of all stages alive, by name.
+        budgets: bytes by domain.
+        stats: of its scheduler.
+        elsewhere: devices without a stage of this pipeline.
+
+    Returns:
+        None where a stage of the layout has not reported yet.
+    """
+    devices = devices_of(reports.values(), budgets)
+    if not devices.keys() >= set(layout.stages):
+        return None
+    split = split_of(layout, devices, num_pipelines=num_pipelines)
+    return PipelineView(
+        split=split,
+        devices=distinct((*split.devices, *devices.values(), *elsewhere)),
+        num_waiting=stats.num_waiting,
+        num_running=stats.num_running,
+        num_kv_tokens_in_use=stats.num_used_blocks * block_size,
+        num_kv_tokens=stats.num_blocks * block_size,
+        num_prompt_tokens=stats.num_prompt_tokens,
+        num_prefix_hit_tokens=stats.num_prefix_hit_tokens,
+        is_changing=is_changing,
+    )
