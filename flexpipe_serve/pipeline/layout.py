@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from flexpipe_serve.errors import ConfigError
 
+_STAGE = "stage"
+
 
 @dataclass(frozen=True)
 class StageSlice:
@@ -63,14 +65,28 @@ class Layout:
         return tuple(part.start for part in self.slices[1:])
 
     @property
+    def prefix(self) -> str:
+        """What its stages' names begin with, and those that join them."""
+        return self.slices[0].stage.rpartition(f"{_STAGE}-")[0]
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """Stage names in pipeline order."""
         return tuple(part.stage for part in self.slices)
 
 
-def stage_name(index: int) -> str:
-    """Name of the ``index``-th stage that an application creates."""
-    return f"stage-{index}"
+def stage_name(index: int, prefix: str = "") -> str:
+    """Name of the ``index``-th stage that a pipeline creates.
+
+    Args:
+        prefix: of all its stages' names, see ``stage_prefix``.
+    """
+    return f"{prefix}{_STAGE}-{index}"
+
+
+def stage_prefix(pipeline: int) -> str:
+    """What the names of a pipeline's stages begin with: nothing for the first one, number 0, then 'p1-', ..."""
+    return f"p{pipeline}-" if pipeline else ""
 
 
 def even_boundaries(*, num_layers: int, num_stages: int) -> tuple[int, ...]:
@@ -89,8 +105,13 @@ def even_boundaries(*, num_layers: int, num_stages: int) -> tuple[int, ...]:
     return tuple(sum(sizes[:i]) for i in range(1, num_stages))
 
 
-def make_layout(*, num_layers: int, boundaries: Sequence[int], stages: Sequence[str] | None = None) -> Layout:
+def make_layout(
+    *, num_layers: int, boundaries: Sequence[int], stages: Sequence[str] | None = None, prefix: str = ""
+) -> Layout:
     """The layout with these boundaries; stages are named in order by default.
+
+    Args:
+        prefix: of names made here.
 
     Raises:
         ConfigError: a boundary outside 1..num_layers-1, or not rising.
@@ -101,5 +122,5 @@ def make_layout(*, num_layers: int, boundaries: Sequence[int], stages: Sequence[
             raise ConfigError(
                 f"boundary {boundary} must lie between 1 and {num_layers - 1} (the model has {num_layers} layers)."
             )
-    names = stages if stages is not None else [stage_name(i) for i in range(len(edges) - 1)]
+    names = stages if stages is not None else [stage_name(i, prefix) for i in range(len(edges) - 1)]
     return Layout(tuple(StageSlice(n, a, b) for n, a, b in zip(names, edges[:-1], edges[1:], strict=True)))

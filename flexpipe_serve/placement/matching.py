@@ -79,7 +79,7 @@ def match_stages(
         launched = _Worth(num_kept=0, is_running=0, num_near=_num_near(node, part, near), is_old=0, precedence=0)
         costs.append([*line, *([-_as_number(launched, base)] * len(cut))])
     taken = [running[column] if column < len(running) else None for column in assign(costs)]
-    names = _name_launched(taken, known={*running, *node_of})
+    names = _name_launched(taken, known={*running, *node_of}, prefix=old.prefix)
     return make_layout(num_layers=num_layers, boundaries=new_boundaries, stages=names)
 
 
@@ -108,7 +108,8 @@ def _layers_by_node(layout: Layout, node_of: Mapping[str, str]) -> dict[str, fro
     return layers
 
 
-def _name_launched(taken: Sequence[str | None], *, known: set[str]) -> list[str]:
-    """Names for all, the lowest free ``stage-N`` where there is none yet."""
-    free = (name for name in map(stage_name, range(len(known) + len(taken))) if name not in known)
+def _name_launched(taken: Sequence[str | None], *, known: set[str], prefix: str) -> list[str]:
+    """Names for all, with the lowest free number where there is none yet."""
+    names = (stage_name(i, prefix) for i in range(len(known) + len(taken)))
+    free = (name for name in names if name not in known)
     return [name if name is not None else next(free) for name in taken]

@@ -271,8 +271,8 @@ class RefactorManager:
         launches: list[Future[object]] = []
         for _ in range(len(spare), self.num_warm_stages):
             taken = self._pipeline.stages
-            index = next(i for i in range(len(taken) + 1) if stage_name(i) not in taken)
-            launches.append(self._pipeline.launch(stage_name(index)))  # type: ignore[arg-type]
+            name = next(n for i in range(len(taken) + 1) if (n := stage_name(i, layout.prefix)) not in taken)
+            launches.append(self._pipeline.launch(name))  # type: ignore[arg-type]
         return launches
 
 

@@ -42,7 +42,7 @@ def name_stages(old: Layout, boundaries: Sequence[int], *, num_layers: int, spar
     """The layout with these boundaries whose stages are named so that the fewest layers move.
 
     Stages of ``old`` that keep nothing take a slice before ``spare`` ones do (they run already and would be ended
-    otherwise), those before stages that do not exist yet; these are named by the lowest free ``stage-N``.
+    otherwise), those before stages that do not exist yet; these get the lowest free number of the pipeline's names.
 
     Args:
         boundaries: first layer of each later stage.
@@ -64,9 +64,9 @@ def name_stages(old: Layout, boundaries: Sequence[int], *, num_layers: int, spar
         if free:
             names.append(free.pop(0))
             continue
-        while stage_name(index) in used or stage_name(index) in names or stage_name(index) in spare:
+        while (name := stage_name(index, old.prefix)) in used or name in names or name in spare:
             index += 1
-        names.append(stage_name(index))
+        names.append(name)
         index += 1
     return make_layout(num_layers=num_layers, boundaries=boundaries, stages=names)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexpipe_serve.errors import ConfigError
-from flexpipe_serve.pipeline.layout import Layout, make_layout
+from flexpipe_serve.pipeline.layout import Layout, make_layout, stage_prefix
 from flexpipe_serve.refactor.moves import Move, held_layers, moves_between, name_stages
 
 
@@ -97,3 +97,11 @@ def test_every_kind_of_move():
 def test_what_cannot_be_cut_is_refused():
     with pytest.raises(ConfigError, match="boundary 8"):
         name_stages(make_layout(num_layers=8, boundaries=[4]), [8], num_layers=8)
+
+
+def test_new_stages_of_another_pipeline_are_named_like_its_own():
+    old = make_layout(num_layers=6, boundaries=[3], prefix=stage_prefix(2))
+    assert old.stages == ("p2-stage-0", "p2-stage-1")
+    assert name_stages(old, [1, 2, 4], num_layers=6, spare=["p2-stage-2"]).prefix == "p2-"
+    new = name_stages(old, [1, 2, 4, 5], num_layers=6, spare=["p2-stage-2"])
+    assert sorted(new.stages) == [f"p2-stage-{i}" for i in range(5)]
