@@ -6,9 +6,20 @@ Unknown keys are refused with the nearest known one; every field is described.
 from __future__ import annotations
 
 import difflib
+from itertools import combinations
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from flexpipe_serve.errors import ConfigError
 
@@ -83,6 +94,26 @@ class SchedulerArgs(_Strict):
     )
 
 
+class StageCpus(_Strict):
+    """CPU cores of one stage."""
+
+    cores: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        min_length=1, description="Numbers of the cores that the stage's process is kept on; one thread for each."
+    )
+    share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Below 1 a slower device is emulated: after each step the stage rests, so that it computes for this"
+        " share of the time.",
+    )
+
+    @field_validator("cores")
+    @classmethod
+    def _sorted(cls, cores: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(set(cores)))
+
+
 class ServeArgs(_Strict):
     """``args`` of the application: a change restarts it."""
 
@@ -105,9 +136,26 @@ class ServeArgs(_Strict):
         (),
         description="Accepted bearer tokens; empty: no authentication. 'env:NAME' takes the key from the environment.",
     )
+    stage_cpus: dict[str, StageCpus] = Field(
+        default_factory=dict,
+        description="Cores of single stages, such as {stage-0: {cores: [0]}, stage-1: {cores: [1], share: 0.5}}. Like"
+        " devices of their own, they work at the same time. Stages not named share all cores of the node.",
+    )
     orphan_timeout_s: float = Field(
         30.0, ge=5.0, description="Stages end themselves when no Router has spoken to them for this long."
     )
+
+    @field_validator("stage_cpus")
+    @classmethod
+    def _whole_sets_of_cores(cls, stage_cpus: dict[str, StageCpus]) -> dict[str, StageCpus]:
+        for (one, mine), (other, theirs) in combinations(stage_cpus.items(), 2):
+            common = sorted(set(mine.cores) & set(theirs.cores))
+            if common and mine.cores != theirs.cores:
+                raise ValueError(
+                    f"{one} has the cores {list(mine.cores)} and {other} {list(theirs.cores)}, and core {common[0]} is"
+                    " in both; give them the same cores or none in common."
+                )
+        return stage_cpus
 
 
 class LayoutConfig(_Strict):

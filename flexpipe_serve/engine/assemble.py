@@ -67,6 +67,8 @@ def build_engine(
     Raises:
         ConfigError, UnsupportedModelError: what cannot be served, and why.
     """
+    if args.stage_cpus and device != "cpu":
+        raise ConfigError(f"stage_cpus is for stages that compute on CPUs, but the device is {device!r}; leave it out.")
     path = resolve_source(args.model.source)
     spec = load_spec(path, max_model_len=args.model.max_model_len)
     dtype = args.model.dtype if args.model.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
@@ -96,7 +98,13 @@ def build_engine(
 
     def make_pipeline(on_lost: OnLost) -> Pipeline:
         return Pipeline(
-            host, setup=setup, budget=budget, max_depth=args.scheduler.steps_in_flight, on_lost=on_lost, keys=keys
+            host,
+            setup=setup,
+            budget=budget,
+            max_depth=args.scheduler.steps_in_flight,
+            stage_cpus=args.stage_cpus,
+            on_lost=on_lost,
+            keys=keys,
         )
 
     engine = Engine(

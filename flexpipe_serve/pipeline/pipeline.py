@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
 
+from flexpipe_serve.config import StageCpus
 from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.kv.domain import DomainFolder
 from flexpipe_serve.pipeline.budget import KVBudget, count_blocks, domain_budgets
@@ -41,6 +42,7 @@ class Pipeline:
         host: where stages run.
         setup: what all stages have in common; each gets its own name.
         max_depth: steps in flight at once, up to the number of stages; None: as many as compute at the same time.
+        stage_cpus: cores of single stages, by name.
         on_lost: called from some thread when a stage ends unasked; with its name and the reason.
     """
 
@@ -51,6 +53,7 @@ class Pipeline:
         setup: StageSetup,
         budget: KVBudget,
         max_depth: int | None = None,
+        stage_cpus: Mapping[str, StageCpus] | None = None,
         on_lost: Callable[[str, str], None],
         keys: CurveKeys | None = None,
     ) -> None:
@@ -58,14 +61,15 @@ class Pipeline:
         self._setup = setup
         self.budget = budget
         self._max_depth = max_depth
+        self._stage_cpus = stage_cpus or {}
         self._on_lost = on_lost
         self._keys = keys
         self._folder = DomainFolder(folder_key(setup.domain_key, host.node))
         self._inbox = ZmqInbox("router", folder=self._folder.path, node=host.node, keys=keys)
         self._stages: dict[str, StageHandle] = {}
         self._endpoints: dict[str, Endpoint] = {}
-        self._devices: dict[str, tuple[str, str]] = {}
-        """Node and device of each stage."""
+        self._computes: dict[str, str] = {}
+        """What each stage computes with."""
         self._domains: dict[str, str] = {}
         self._expected_ends: set[str] = set()
         self._lock = threading.Lock()
@@ -136,7 +140,7 @@ class Pipeline:
             stage = self._stages.get(name)
         if stage is None:
             logger.info("starting stage %s", name)
-            stage = self._host.launch(replace(self._setup, name=name), node=node)
+            stage = self._host.launch(self._setup_of(name), node=node)
             with self._lock:
                 self._stages[name] = stage
             stage.watch().add_done_callback(self._end_watcher(name, stage))
@@ -231,15 +235,21 @@ class Pipeline:
         return self._domains[name]
 
     def depth(self, layout: Layout) -> int:
-        """Steps to keep in flight. Stages of one node's cores (or of one GPU) do not gain from computing at the same
+        """Steps to keep in flight. Stages that share a node's cores (or a GPU) do not gain from computing at the same
         time: each of two half-sized steps reads all weights again, where one step has all cores for it."""
         if self._max_depth is not None:
             return min(self._max_depth, layout.num_stages)
-        return len({self._devices[name] for name in layout.stages})
+        return len({self._computes[name] for name in layout.stages})
 
     def connect(self, layout: Layout) -> dict[str, Outlet]:
         """Channels to every stage of ``layout``, for ``take_route``."""
         return {name: ZmqOutlet(self._endpoints[name], node=self._host.node, keys=self._keys) for name in layout.stages}
+
+    def _setup_of(self, name: str) -> StageSetup:
+        cpus = self._stage_cpus.get(name)
+        if cpus is None:
+            return replace(self._setup, name=name)
+        return replace(self._setup, name=name, cores=cpus.cores, cpu_share=cpus.share)
 
     def _end_watcher(self, name: str, stage: StageHandle) -> Callable[[Future[None]], None]:
         def ended(future: Future[None]) -> None:
@@ -257,7 +267,7 @@ class Pipeline:
             with self._lock:
                 if report.name in self._stages:
                     self._endpoints[report.name] = report.endpoint
-                    self._devices[report.name] = (report.node, report.device)
+                    self._computes[report.name] = report.compute
             self._domains[report.name] = report.domain
 
     @staticmethod

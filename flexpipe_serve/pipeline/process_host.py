@@ -14,6 +14,7 @@ from typing import Any
 
 from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.pipeline.background import in_background
+from flexpipe_serve.pipeline.compute import pin_process
 from flexpipe_serve.pipeline.stage_types import Assignment, StageHandle, StageReport, StageSetup
 
 _STOP_S = 5.0
@@ -111,6 +112,7 @@ class ProcessStage:
 
 def _serve(setup: StageSetup, pipe: Connection) -> None:
     """Main function of the child: the data loop and each control call in threads; ends when the parent does."""
+    pin_process(setup.cores)  # first: threads that start later stay on the same cores
     in_background(_import_stage)
     from flexpipe_serve.pipeline.stage import Stage
 

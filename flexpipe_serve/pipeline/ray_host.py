@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.pipeline.background import in_background
+from flexpipe_serve.pipeline.compute import pin_process
 from flexpipe_serve.pipeline.stage_types import Assignment, StageHandle, StageReport, StageSetup
 
 NAMESPACE = "flexpipe"
@@ -32,6 +33,7 @@ class StageActor:
     """A thin shell around a stage's core; ends itself when no Router speaks to it any more."""
 
     def __init__(self, setup: StageSetup) -> None:
+        pin_process(setup.cores)  # first: threads that start later stay on the same cores
         in_background(_import_stage)  # torch: imported where the stage lives, not in the Router
         from flexpipe_serve.pipeline.stage import Stage
 

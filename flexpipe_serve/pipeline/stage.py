@@ -18,10 +18,11 @@ from flexpipe_serve.kv.domain import DomainFolder, free_bytes, sweep_stale
 from flexpipe_serve.kv.stage_kv import StageKV
 from flexpipe_serve.pipeline.background import gently, in_background
 from flexpipe_serve.pipeline.channel import Endpoint, Outlet, ZmqInbox, ZmqOutlet
+from flexpipe_serve.pipeline.compute import stage_speed
 from flexpipe_serve.pipeline.memory import available_bytes, private_bytes, work_bytes
 from flexpipe_serve.pipeline.stage_copies import StageCopies
 from flexpipe_serve.pipeline.stage_loop import StageLoop
-from flexpipe_serve.pipeline.stage_types import Assignment, StageReport, StageSetup, folder_key
+from flexpipe_serve.pipeline.stage_types import Assignment, StageReport, StageSetup, folder_key, stage_compute
 from flexpipe_serve.pipeline.step_compute import StepComputer
 
 _SWITCH_INTERVAL_S = 0.0005
@@ -143,6 +144,8 @@ class Stage:
             pid=os.getpid(),
             node=self.node,
             device=str(self._device),
+            compute=stage_compute(setup, node=self.node, device=str(self._device)),
+            speed=stage_speed(setup),
             domain=f"{domain}/{setup.name}" if setup.private_kv else domain,
             domain_free_bytes=min(free, free_bytes(self._folder.path)) if on_cpu else free,
             endpoint=self._inbox.endpoint,

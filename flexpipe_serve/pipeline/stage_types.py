@@ -31,6 +31,10 @@ class StageSetup:
     """The stage's KV is a domain of its own, also on a node that it shares with others."""
     linear: str = "auto"
     """Kind of linear map; 'auto': the one that is fastest on the stage's machine."""
+    cores: tuple[int, ...] = ()
+    """CPU cores that the stage's process has to itself; (): it shares the node's."""
+    cpu_share: float = 1.0
+    """Below 1 a slower device is emulated: the stage rests after each step, and computes this share of the time."""
     keys: CurveKeys | None = None
     """For tcp between nodes."""
 
@@ -74,6 +78,10 @@ class StageReport:
     pid: int
     node: str
     device: str
+    compute: str
+    """What computes: stages with the same one take turns, others work at the same time."""
+    speed: float
+    """Of that, in units of the whole node's cores or of the GPU; an estimate where the stage has cores of its own."""
     domain: str
     """Node and device whose memory it takes."""
     domain_free_bytes: int
@@ -100,6 +108,14 @@ def stage_domain(setup: StageSetup, *, name: str, node: str, device: str) -> str
     if device != "cpu":
         return f"{node}/{device}"
     return f"{node}/{name}" if setup.private_kv else node
+
+
+def stage_compute(setup: StageSetup, *, node: str, device: str) -> str:
+    """What stage ``setup.name`` computes with: its device, cores of its own, or the cores that its node's stages
+    share."""
+    if device != "cpu":
+        return f"{node}/{device}"
+    return f"{node}/cores {','.join(map(str, setup.cores))}" if setup.cores else f"{node}/cpu"
 
 
 def folder_key(domain_key: str, node: str) -> str:

@@ -13,7 +13,7 @@ from flexpipe_serve.pipeline.budget import KVBudget
 from flexpipe_serve.pipeline.channel import Endpoint
 from flexpipe_serve.pipeline.layout import make_layout
 from flexpipe_serve.pipeline.pipeline import Pipeline
-from flexpipe_serve.pipeline.stage_types import Assignment, StageHandle, StageReport, StageSetup
+from flexpipe_serve.pipeline.stage_types import Assignment, StageHandle, StageReport, StageSetup, stage_compute
 
 
 class SlowStage:
@@ -41,6 +41,7 @@ class SlowStage:
             answer.set_result(
                 StageReport(
                     name=self.name, setup=self.setup, pid=1, node=self.node, device="cpu", domain="here",
+                    compute=stage_compute(self.setup, node=self.node, device="cpu"), speed=1.0,
                     domain_free_bytes=0, endpoint=Endpoint("here", f"ipc://{self.name}"), epoch=0, start=0, stop=0,
                     weights_bytes=0, overhead_bytes=0, kv_bytes=0, num_blocks=0, num_steps=0, busy_seconds=0.0,
                 )
