@@ -8,6 +8,7 @@ number of threads, nor on which other rows are computed with it.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,11 +17,18 @@ from torch.nn.functional import linear
 
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.kernels.native import native_library
-from flexpipe_serve.kernels.native_linear import NativeLinear
+from flexpipe_serve.kernels.native_linear import NativeLinear, pack
 
 
 class Linear(Protocol):
     """``y = x W^T + b`` for x of [num_tokens, in_features]."""
+
+    bias: torch.Tensor | None
+
+    @property
+    def packed(self) -> torch.Tensor:
+        """The weight as :func:`pack_weight` lays it out for this kind; on a CPU perhaps a copy."""
+        ...
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
@@ -33,33 +41,33 @@ class PlainLinear:
     """The weight as it is in the checkpoint, [out_features, in_features]."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight = weight
-        self._bias = bias
+        self.packed = weight
+        self.bias = bias
         self._transposed = weight.t()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self._bias)
+        return linear(x, self.packed, self.bias)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         out = torch.addmm(residual, x, self._transposed)
-        return out if self._bias is None else out.add_(self._bias)
+        return out if self.bias is None else out.add_(self.bias)
 
 
 class TransposedLinear:
     """The weight as [in_features, out_features]."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight = weight.t().contiguous()
-        self._bias = bias
+    def __init__(self, transposed: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.packed = transposed
+        self.bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._bias is None:
-            return torch.mm(x, self._weight)
-        return torch.addmm(self._bias, x, self._weight)
+        if self.bias is None:
+            return torch.mm(x, self.packed)
+        return torch.addmm(self.bias, x, self.packed)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        out = torch.addmm(residual, x, self._weight)
-        return out if self._bias is None else out.add_(self._bias)
+        out = torch.addmm(residual, x, self.packed)
+        return out if self.bias is None else out.add_(self.bias)
 
 
 class OneDnnLinear:
@@ -67,14 +75,20 @@ class OneDnnLinear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
-        self._bias = bias
+        self.bias = bias
         self._pad_single_row = False
         self._pad_single_row = not self._row_alone_has_same_bits()
+
+    @property
+    def packed(self) -> torch.Tensor:
+        # As it was given: the blocked layout is oneDNN's secret and cannot be copied byte by byte.
+        weight: torch.Tensor = self._weight.to_dense()
+        return weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._pad_single_row and x.shape[0] == 1:
             return self(x.expand(2, -1))[:1]
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
         return out
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -117,11 +131,15 @@ def available_kinds(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]
 def pack_linear(
     weight: torch.Tensor, bias: torch.Tensor | None = None, *, kind: str, between: Callable[[], None] = nothing
 ) -> Linear:
-    """A linear map of the given kind.
+    """A linear map of the given kind from a checkpoint's weight: :func:`pack_weight` and :func:`make_linear`."""
+    return make_linear(pack_weight(weight, kind=kind, between=between), bias, kind=kind, num_outputs=weight.shape[0])
+
+
+def pack_weight(weight: torch.Tensor, *, kind: str, between: Callable[[], None] = nothing) -> torch.Tensor:
+    """The weight laid out for a kind of linear map: what can be stored and copied.
 
     Args:
         weight: [out_features, in_features], on its device; owned by the result from now on.
-        bias: [out_features].
         kind: one of ``available_kinds`` of the weight's device.
         between: called after every few MB of packing, where that takes long; may wait, or raise to give up.
 
@@ -134,7 +152,23 @@ def pack_linear(
             f"linear kind {kind!r} does not work on {weight.device} in {weight.dtype}; use one of {', '.join(kinds)}."
         )
     if kind == "native":
-        library = native_library()
-        assert library is not None, "only there where it can be had"
-        return NativeLinear(library, weight, bias, between)
-    return _KINDS[kind](weight, bias)
+        return pack(_native(), weight, between)
+    return weight.t().contiguous() if kind == "transposed" else weight
+
+
+def make_linear(packed: torch.Tensor, bias: torch.Tensor | None = None, *, kind: str, num_outputs: int) -> Linear:
+    """A linear map over a weight of :func:`pack_weight`.
+
+    Args:
+        bias: [out_features].
+        num_outputs: out_features.
+    """
+    if kind == "native":
+        return NativeLinear(_native(), packed, bias, num_outputs=num_outputs)
+    return _KINDS[kind](packed, bias)
+
+
+def _native() -> ctypes.CDLL:
+    library = native_library()
+    assert library is not None, "only chosen where it can be had"
+    return library

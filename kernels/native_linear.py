@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Callable
 
 import torch
 
+from flexpipe_serve.kernels.huge_pages import empty_in_huge_pages
 from flexpipe_serve.kernels.native import native_threads
 
-_HUGE_PAGE = 2 << 20
 _PIECE_BYTES = 2 << 20
 
 
@@ -25,37 +24,51 @@ class Linear(ctypes.Structure):
     )
 
 
-class NativeLinear:
-    """The weight in panels of as many outputs as three vector registers hold.
-
-    The bits of a row depend neither on the other rows nor on the number of threads.
+def pack(library: ctypes.CDLL, weight: torch.Tensor, between: Callable[[], None]) -> torch.Tensor:
+    """The weight [num_outputs, num_inputs] in panels of as many outputs as three vector registers hold,
+    [panels, num_inputs, outputs of a panel]; missing outputs are zero.
 
     Args:
         between: called after every few MB that were packed; may wait, or raise to give up.
     """
+    num_outputs, num_inputs = weight.shape
+    panel = library.flexpipe_panel()
+    packed = empty_in_huge_pages(_packed_shape(library, num_outputs, num_inputs), weight.dtype)
+    num_whole = num_outputs // panel
+    whole, rest = weight.tensor_split([num_whole * panel])
+    panels = whole.view(num_whole, panel, num_inputs).transpose(1, 2)
+    piece = max(1, _PIECE_BYTES // packed[:1].nbytes)
+    for start in range(0, num_whole, piece):
+        stop = min(start + piece, num_whole)
+        packed[start:stop].copy_(panels[start:stop])
+        between()
+    if len(rest):
+        packed[num_whole].zero_()
+        packed[num_whole, :, : len(rest)] = rest.t()
+    return packed
+
+
+class NativeLinear:
+    """A linear map over packed weights.
+
+    The bits of a row depend neither on the other rows nor on the number of threads.
+
+    Args:
+        packed: of :func:`pack`.
+        num_outputs: rows of the weight before it was packed.
+    """
 
     def __init__(
-        self, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None, between: Callable[[], None]
+        self, library: ctypes.CDLL, packed: torch.Tensor, bias: torch.Tensor | None, *, num_outputs: int
     ) -> None:
+        num_inputs = packed.shape[1]
+        assert packed.shape == _packed_shape(library, num_outputs, num_inputs), (packed.shape, num_outputs)
         self.library = library
-        self._num_outputs, num_inputs = weight.shape
-        panel = library.flexpipe_panel()
-        self._packed = torch.empty(-(-self._num_outputs // panel), num_inputs, panel)
-        _use_huge_pages(self._packed)
-        self._bias = None if bias is None else bias.contiguous()
-        num_whole = self._num_outputs // panel
-        whole, rest = weight.tensor_split([num_whole * panel])
-        panels = whole.view(num_whole, panel, num_inputs).transpose(1, 2)
-        piece = max(1, _PIECE_BYTES // self._packed[:1].nbytes)
-        for start in range(0, num_whole, piece):
-            stop = min(start + piece, num_whole)
-            self._packed[start:stop].copy_(panels[start:stop])
-            between()
-        if len(rest):
-            self._packed[num_whole].zero_()
-            self._packed[num_whole, :, : len(rest)] = rest.t()
-        bias_pointer = None if self._bias is None else self._bias.data_ptr()
-        self.struct = Linear(self._packed.data_ptr(), bias_pointer, self._num_outputs, num_inputs)
+        self.packed = packed
+        self.bias = None if bias is None else bias.contiguous()
+        self._num_outputs = num_outputs
+        bias_pointer = None if self.bias is None else self.bias.data_ptr()
+        self.struct = Linear(packed.data_ptr(), bias_pointer, num_outputs, num_inputs)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._compute(x, None)
@@ -74,10 +87,6 @@ class NativeLinear:
         return out
 
 
-def _use_huge_pages(tensor: torch.Tensor) -> None:
-    """Ask for large pages under a tensor not written yet: a single row is then computed up to a fifth faster."""
-    start = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-    size = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE * _HUGE_PAGE - start
-    if size > 0 and hasattr(mmap, "MADV_HUGEPAGE"):
-        # Only advice: where the kernel cannot follow it, nothing is lost.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+def _packed_shape(library: ctypes.CDLL, num_outputs: int, num_inputs: int) -> tuple[int, int, int]:
+    panel: int = library.flexpipe_panel()
+    return (-(-num_outputs // panel), num_inputs, panel)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from flexpipe_serve.errors import UnsupportedModelError
-from flexpipe_serve.kernels.linear import nothing, pack_linear
+from flexpipe_serve.kernels.linear import Linear, make_linear, nothing, pack_weight
 from flexpipe_serve.model.layer import StepContext
 from flexpipe_serve.model.support import ExpertNames
 
@@ -41,13 +41,44 @@ AttentionInterface.register(ATTENTION_NAME, _paged_attention)
 class _PackedLinear(nn.Module):
     """Stands where transformers' layer has an ``nn.Linear``."""
 
-    def __init__(self, linear: nn.Linear, *, kind: str, between: Callable[[], None]) -> None:
+    def __init__(self, linear: Linear) -> None:
         super().__init__()
-        bias = None if linear.bias is None else linear.bias.detach()
-        self._linear = pack_linear(linear.weight.detach(), bias, kind=kind, between=between)
+        self.linear = linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._linear(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return self.linear(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+
+
+def prepare_weights(
+    module: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    experts: ExpertNames | None,
+    linear: str,
+    between: Callable[[], None] = nothing,
+) -> dict[str, torch.Tensor]:
+    """From checkpoint tensors to the weights that GenericLayer computes with: experts stacked, linear maps packed.
+
+    Args:
+        module: the decoder layer on the meta device; used up.
+        tensors: the layer's checkpoint tensors by their names within the layer.
+        experts: how the checkpoint names experts; None for a dense model.
+        linear: kind of the linear maps (``flexpipe_serve.kernels.linear``).
+        between: called after every few milliseconds of packing; may wait, or raise to give up.
+
+    Raises:
+        UnsupportedModelError: the tensors do not match the architecture.
+    """
+    weights = dict(tensors) if experts is None else _stack_experts(tensors, experts)
+    missing, unexpected = module.load_state_dict(weights, strict=False, assign=True)
+    if missing or unexpected:
+        raise UnsupportedModelError(
+            f"The checkpoint's layer does not match {type(module).__name__}: "
+            f"missing {missing[:3]}, unexpected {unexpected[:3]}."
+        )
+    for name in _linear_maps(module):
+        weights[f"{name}.weight"] = pack_weight(weights[f"{name}.weight"], kind=linear, between=between)
+    return weights
 
 
 class GenericLayer:
@@ -55,40 +86,37 @@ class GenericLayer:
 
     Args:
         module: the decoder layer on the meta device; owned by this from now on.
-        tensors: the layer's checkpoint tensors by their names within the layer.
-        experts: how the checkpoint names experts; None for a dense model.
+        weights: of :func:`prepare_weights` for the same linear kind.
         linear: kind of the linear maps (``flexpipe_serve.kernels.linear``).
-        between: called after every few milliseconds of packing; may wait, or raise to give up.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        tensors: Mapping[str, torch.Tensor],
-        *,
-        experts: ExpertNames | None,
-        linear: str,
-        between: Callable[[], None] = nothing,
-    ) -> None:
-        weights = dict(tensors) if experts is None else _stack_experts(tensors, experts)
-        missing, unexpected = module.load_state_dict(weights, strict=False, assign=True)
-        if missing or unexpected:
-            raise UnsupportedModelError(
-                f"The checkpoint's layer does not match {type(module).__name__}: "
-                f"missing {missing[:3]}, unexpected {unexpected[:3]}."
-            )
-        self.num_bytes = sum(weight.nbytes for weight in weights.values())
+    def __init__(self, module: nn.Module, weights: Mapping[str, torch.Tensor], *, linear: str) -> None:
+        others = dict(weights)
+        for name, child in _linear_maps(module).items():
+            packed, bias = others.pop(f"{name}.weight"), others.pop(f"{name}.bias", None)
+            made = make_linear(packed, bias, kind=linear, num_outputs=child.out_features)
+            setattr(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], _PackedLinear(made))
+        module.load_state_dict(others, assign=True)
         self._module = module.eval().requires_grad_(False)
-        for name, child in list(module.named_modules()):
-            if isinstance(child, nn.Linear):
-                parent = module.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], _PackedLinear(child, kind=linear, between=between))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        weights: dict[str, torch.Tensor] = dict(self._module.state_dict())
+        for name, child in self._module.named_modules():
+            if isinstance(child, _PackedLinear):
+                weights[f"{name}.weight"] = child.linear.packed
+                if child.linear.bias is not None:
+                    weights[f"{name}.bias"] = child.linear.bias
+        return weights
 
     def forward(self, hidden: torch.Tensor, context: StepContext, kv: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self._module(
             hidden.unsqueeze(0), position_embeddings=context.rotary, attention_mask=None, step=context, segment=kv
         )
         return out.squeeze(0)
+
+
+def _linear_maps(module: nn.Module) -> dict[str, nn.Linear]:
+    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
 
 
 def _stack_experts(tensors: Mapping[str, torch.Tensor], names: ExpertNames) -> dict[str, torch.Tensor]:

@@ -24,8 +24,9 @@ class StepContext:
 class DecoderLayer(Protocol):
     """One decoder layer with its weights."""
 
-    num_bytes: int
-    """Memory that its weights take."""
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights by name, ready to make the same layer of again (``LayerMaker.make``)."""
+        ...
 
     def forward(self, hidden: torch.Tensor, context: StepContext, kv: torch.Tensor) -> torch.Tensor:
         """Hidden states [num_tokens, hidden_size] after the layer; ``kv`` is the layer's segment."""

@@ -13,6 +13,7 @@ import torch
 
 from flexpipe_serve.kernels.elementwise import rotary_factors
 from flexpipe_serve.model.fused_layer import FusedLayer
+from flexpipe_serve.model.fused_weights import FusedShape, fuse_weights
 from flexpipe_serve.model.layer import DecoderLayer
 from flexpipe_serve.model.rotary import DefaultRotary, Rotary
 from flexpipe_serve.model.source import ModelSpec
@@ -21,15 +22,23 @@ from flexpipe_serve.model.source import ModelSpec
 class LayerMaker(Protocol):
     """Makes the layers of one model, and what they share in a step."""
 
-    def make(self, layer: int, tensors: Mapping[str, torch.Tensor], *, between: Callable[[], None]) -> DecoderLayer:
-        """Layer with the global index ``layer`` from its checkpoint tensors, by their names within the layer.
+    def prepare(
+        self, layer: int, tensors: Mapping[str, torch.Tensor], *, between: Callable[[], None]
+    ) -> dict[str, torch.Tensor]:
+        """Ready weights of the layer with the global index ``layer`` from its checkpoint tensors, by their names within
+        the layer: the slow part, whose result can be kept and copied.
 
         Args:
+            tensors: owned by the result from now on.
             between: called after every few milliseconds of work; may wait, or raise to give up.
 
         Raises:
             UnsupportedModelError: the tensors do not match the architecture.
         """
+        ...
+
+    def make(self, layer: int, weights: Mapping[str, torch.Tensor]) -> DecoderLayer:
+        """The layer over ready weights, which it owns from now on."""
         ...
 
     def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
@@ -50,8 +59,8 @@ def make_layer_maker(spec: ModelSpec, *, device: torch.device, linear: str) -> L
 
 class _FusedLayerMaker:
     def __init__(self, spec: ModelSpec, *, device: torch.device, linear: str) -> None:
-        self._spec = spec
         self._linear = linear
+        self._eps = spec.norm_eps
         self._rotary: Rotary
         if spec.default_rope is not None:
             self._rotary = DefaultRotary(spec.default_rope, device=device)
@@ -59,18 +68,22 @@ class _FusedLayerMaker:
             from flexpipe_serve.model.skeleton import Skeleton
 
             self._rotary = Skeleton(spec).rotary(device)
-
-    def make(self, layer: int, tensors: Mapping[str, torch.Tensor], *, between: Callable[[], None]) -> DecoderLayer:
-        return FusedLayer(
-            tensors,
-            num_heads=self._spec.num_heads,
-            num_kv_heads=self._spec.num_kv_heads,
-            head_dim=self._spec.head_dim,
+        self._shape = FusedShape(
+            hidden_size=spec.hidden_size,
+            intermediate_size=spec.intermediate_size,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
             rotary_dim=2 * self._rotary.inv_freq.numel(),
-            eps=self._spec.norm_eps,
-            linear=self._linear,
-            between=between,
         )
+
+    def prepare(
+        self, layer: int, tensors: Mapping[str, torch.Tensor], *, between: Callable[[], None]
+    ) -> dict[str, torch.Tensor]:
+        return fuse_weights(tensors, self._shape, linear=self._linear, between=between)
+
+    def make(self, layer: int, weights: Mapping[str, torch.Tensor]) -> DecoderLayer:
+        return FusedLayer(weights, self._shape, eps=self._eps, linear=self._linear)
 
     def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         cos, sin = self._rotary(hidden, positions.unsqueeze(0))
@@ -79,18 +92,24 @@ class _FusedLayerMaker:
 
 class _GenericLayerMaker:
     def __init__(self, spec: ModelSpec, *, device: torch.device, linear: str) -> None:
-        from flexpipe_serve.model.generic_layer import GenericLayer
+        from flexpipe_serve.model import generic_layer
         from flexpipe_serve.model.skeleton import Skeleton
 
-        self._layer_class = GenericLayer
+        self._generic = generic_layer
         self._skeleton = Skeleton(spec)
         self._rotary: Rotary = self._skeleton.rotary(device)
         self._experts = spec.family.experts
         self._linear = linear
 
-    def make(self, layer: int, tensors: Mapping[str, torch.Tensor], *, between: Callable[[], None]) -> DecoderLayer:
-        module = self._skeleton.layer(layer)
-        return self._layer_class(module, tensors, experts=self._experts, linear=self._linear, between=between)
+    def prepare(
+        self, layer: int, tensors: Mapping[str, torch.Tensor], *, between: Callable[[], None]
+    ) -> dict[str, torch.Tensor]:
+        return self._generic.prepare_weights(
+            self._skeleton.layer(layer), tensors, experts=self._experts, linear=self._linear, between=between
+        )
+
+    def make(self, layer: int, weights: Mapping[str, torch.Tensor]) -> DecoderLayer:
+        return self._generic.GenericLayer(self._skeleton.layer(layer), weights, linear=self._linear)
 
     def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._rotary(hidden, positions.unsqueeze(0))

@@ -61,7 +61,7 @@ class StageModel:
     @property
     def weights_bytes(self) -> int:
         """Memory that all weights held take."""
-        layers = sum(layer.num_bytes for layer in self._layers.values())
+        layers = sum(self._spec.layer_bytes(layer, _name(self._dtype)) for layer in self._layers)
         embedding = 0 if self._embedding is None or self._has_one_matrix else self._embedding.nbytes
         return layers + embedding + self._head_bytes
 
@@ -90,9 +90,10 @@ class StageModel:
         for layer in layers:
             if layer not in self._layers:
                 tensors = self._checkpoint.read_layer(layer, device=self._device, dtype=self._dtype, between=between)
-                made = self._maker.make(layer, tensors, between=between)
+                weights = self._maker.prepare(layer, tensors, between=between)
                 del tensors
-                self._layers = {**self._layers, layer: made}
+                self._layers = {**self._layers, layer: self._maker.make(layer, weights)}
+                del weights
                 between()
         return_freed_memory()
 
@@ -151,11 +152,11 @@ class StageModel:
     @property
     def _has_one_matrix(self) -> bool:
         """Whether one matrix serves both ends: tied, plain weights. Packed, the head is a copy."""
-        return isinstance(self._head, PlainLinear) and self._head.weight is self._embedding
+        return isinstance(self._head, PlainLinear) and self._head.packed is self._embedding
 
     def _load_embedding(self, between: Callable[[], None]) -> None:
         if self._spec.tied_embeddings and isinstance(self._head, PlainLinear):
-            self._embedding = self._head.weight
+            self._embedding = self._head.packed
         else:
             self._embedding = self._read(EMBEDDING_NAME, between)
 
@@ -170,3 +171,7 @@ class StageModel:
 
     def _read(self, name: str, between: Callable[[], None]) -> torch.Tensor:
         return self._checkpoint.read([name], device=self._device, dtype=self._dtype, between=between)[name]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
