@@ -116,7 +116,7 @@ def _load(path: Path) -> ctypes.CDLL:
         *(pointer, count, pointer, count),
         *(pointer, pointer, threads),
     )
-    library.flexpipe_layer.argtypes = (*[pointer] * 6, count, threads)
-    for name in ("flexpipe_linear", "flexpipe_attention", "flexpipe_layer"):
+    library.flexpipe_layers.argtypes = (pointer, pointer, count, pointer, pointer, pointer, count, threads)
+    for name in ("flexpipe_linear", "flexpipe_attention", "flexpipe_layers"):
         getattr(library, name).restype = None
     return library

@@ -1,4 +1,4 @@
-"""A Llama-like decoder layer in one call of the kernels in ``csrc``.
+"""Llama-like decoder layers in one call of the kernels in ``csrc``.
 
 From Python a layer takes some twenty calls of torch, which cost more than its arithmetic at batch 1.
 """
@@ -6,6 +6,7 @@ From Python a layer takes some twenty calls of torch, which cost more than its a
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
@@ -62,7 +63,7 @@ class NativeLayer:
         eps: float,
         scale: float,
     ) -> None:
-        self._library = qkv.library
+        self.library = qkv.library
         self._maps = (qkv, output, gate_up, down)
         self._norms = [
             None if weight is None else weight.contiguous() for weight in (input_norm, post_attention_norm, head_norms)
@@ -74,21 +75,30 @@ class NativeLayer:
             rotary_dim,
             eps,
         )
+        self.address = ctypes.addressof(self._struct)
 
-    def forward(
-        self, hidden: torch.Tensor, rotary: torch.Tensor, *, kv: torch.Tensor, plan: NativePlan
-    ) -> torch.Tensor:
-        """Hidden states [num_tokens, hidden_size] after the layer.
 
-        Args:
-            rotary: of :func:`~flexpipe_serve.kernels.elementwise.rotary_factors`.
-            kv: the layer's segment, as the attention backends take it.
-            plan: of :class:`~flexpipe_serve.kernels.native_attention.NativeAttention`.
-        """
-        hidden, rotary = hidden.contiguous(), rotary.contiguous()
-        out = torch.empty_like(hidden)
-        self._library.flexpipe_layer(
-            *(ctypes.byref(self._struct), ctypes.byref(plan.batch), hidden.data_ptr(), rotary.data_ptr()),
-            *(kv.data_ptr(), out.data_ptr(), hidden.shape[0], native_threads()),
-        )
-        return out
+def run_layers(
+    layers: Sequence[NativeLayer],
+    hidden: torch.Tensor,
+    rotary: torch.Tensor,
+    *,
+    kvs: Sequence[torch.Tensor],
+    plan: NativePlan,
+) -> torch.Tensor:
+    """Hidden states [num_tokens, hidden_size] after all ``layers``, in one call: what lies between two calls from
+    Python is long enough for the helper threads to fall asleep.
+
+    Args:
+        layers: at least one.
+        rotary: of :func:`~flexpipe_serve.kernels.elementwise.rotary_factors`.
+        kvs: each layer's segment, as the attention backends take it.
+        plan: of :class:`~flexpipe_serve.kernels.native_attention.NativeAttention`.
+    """
+    out, rotary = hidden.clone(memory_format=torch.contiguous_format), rotary.contiguous()
+    pointers = ctypes.c_void_p * len(layers)
+    layers[0].library.flexpipe_layers(
+        *(pointers(*(layer.address for layer in layers)), pointers(*(kv.data_ptr() for kv in kvs)), len(layers)),
+        *(ctypes.byref(plan.batch), out.data_ptr(), rotary.data_ptr(), len(out), native_threads()),
+    )
+    return out

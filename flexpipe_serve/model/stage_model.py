@@ -11,9 +11,11 @@ from torch.nn import functional
 from flexpipe_serve.kernels.attention import AttentionBackend
 from flexpipe_serve.kernels.elementwise import rms_norm
 from flexpipe_serve.kernels.linear import Linear, PlainLinear, nothing, pack_linear
-from flexpipe_serve.kernels.native_attention import NativeAttention
+from flexpipe_serve.kernels.native_attention import NativeAttention, NativePlan
+from flexpipe_serve.kernels.native_layer import NativeLayer, run_layers
 from flexpipe_serve.model.checkpoint import Checkpoint
 from flexpipe_serve.model.freed_memory import return_freed_memory
+from flexpipe_serve.model.fused_layer import FusedLayer
 from flexpipe_serve.model.layer import DecoderLayer, StepContext
 from flexpipe_serve.model.layer_maker import make_layer_maker
 from flexpipe_serve.model.one_thread import one_thread
@@ -136,6 +138,8 @@ class StageModel:
             assert self._embedding is not None, "the embedding is not loaded"
             hidden = functional.embedding(inputs, self._embedding)
         rotary = self._maker.rotary(hidden, positions)
+        if isinstance(plan, NativePlan) and (natives := self._natives(layers)):
+            return run_layers(natives, hidden, rotary, kvs=[kv[index] for index in layers], plan=plan)
         context = StepContext(rotary=rotary, attention=self._attention, plan=plan)
         for index in layers:
             # Looked up one by one: holding them all would leave it to this thread to free what is dropped meanwhile.
@@ -148,6 +152,12 @@ class StageModel:
         assert self._norm is not None
         assert self._head is not None, "the head is not loaded"
         return self._head(rms_norm(hidden, self._norm, self._spec.norm_eps)).float()
+
+    def _natives(self, layers: range) -> list[NativeLayer]:
+        """These layers as the kernels in C++ compute them; empty where one is not like that."""
+        held = [self._layers[index] for index in layers]
+        natives = [layer.native for layer in held if isinstance(layer, FusedLayer) and layer.native is not None]
+        return natives if len(natives) == len(held) else []
 
     @property
     def _has_one_matrix(self) -> bool:

@@ -53,8 +53,8 @@ void swiglu(const float* gate, const float* up, int64_t n, float* out) {
 
 }  // namespace
 
-void forward(const Layer& layer, const Batch& batch, const float* hidden, const float* rotary, float* kv, float* out,
-             int64_t num_rows, int num_threads) {
+void forward(const Layer& layer, const Batch& batch, float* hidden, const float* rotary, float* kv, int64_t num_rows,
+             int num_threads) {
     const Heads& heads = layer.heads;
     const int64_t hidden_size = layer.qkv.num_inputs, qkv_size = layer.qkv.num_outputs;
     const int64_t query_size = heads.num_heads * heads.head_dim, kv_size = heads.num_kv_heads * heads.head_dim;
@@ -78,12 +78,12 @@ void forward(const Layer& layer, const Batch& batch, const float* hidden, const 
     });
     attention(batch, heads, qkv, qkv_size, qkv + query_size, qkv_size, qkv + query_size + kv_size, qkv_size, kv,
               attended, num_threads);
-    linear(layer.output, attended, num_rows, hidden, out, num_threads);
+    linear(layer.output, attended, num_rows, hidden, hidden, num_threads);
 
     float* const gate_up = normed + num_rows * hidden_size;
     float* const activated = gate_up + num_rows * 2 * gate_size;
     for_each_row(num_rows, num_threads, [&](int64_t row) {
-        rms_norm(out + row * hidden_size, layer.post_attention_norm, hidden_size, layer.eps,
+        rms_norm(hidden + row * hidden_size, layer.post_attention_norm, hidden_size, layer.eps,
                  normed + row * hidden_size);
     });
     linear(layer.gate_up, normed, num_rows, nullptr, gate_up, num_threads);
@@ -91,12 +91,15 @@ void forward(const Layer& layer, const Batch& batch, const float* hidden, const 
         const float* const gate = gate_up + row * 2 * gate_size;
         swiglu(gate, gate + gate_size, gate_size, activated + row * gate_size);
     });
-    linear(layer.down, activated, num_rows, out, out, num_threads);
+    linear(layer.down, activated, num_rows, hidden, hidden, num_threads);
 }
 
 }  // namespace flexpipe
 
-extern "C" void flexpipe_layer(const flexpipe::Layer* layer, const flexpipe::Batch* batch, const float* hidden,
-                               const float* rotary, float* kv, float* out, int64_t num_rows, int num_threads) {
-    flexpipe::forward(*layer, *batch, hidden, rotary, kv, out, num_rows, num_threads);
+extern "C" void flexpipe_layers(const flexpipe::Layer* const* layers, float* const* kvs, int64_t num_layers,
+                                const flexpipe::Batch* batch, float* hidden, const float* rotary, int64_t num_rows,
+                                int num_threads) {
+    for (int64_t i = 0; i < num_layers; ++i) {
+        flexpipe::forward(*layers[i], *batch, hidden, rotary, kvs[i], num_rows, num_threads);
+    }
 }

@@ -21,9 +21,9 @@ struct Layer {
     float eps;
 };
 
-// hidden and out [num_rows, hidden_size]; rotary [num_rows, rotary_dim / 2] pairs of cosine and sine; kv as attention
+// hidden [num_rows, hidden_size], in place; rotary [num_rows, rotary_dim / 2] pairs of cosine and sine; kv as attention
 // takes it. The bits of a row depend on its sequence alone.
-void forward(const Layer& layer, const Batch& batch, const float* hidden, const float* rotary, float* kv, float* out,
-             int64_t num_rows, int num_threads);
+void forward(const Layer& layer, const Batch& batch, float* hidden, const float* rotary, float* kv, int64_t num_rows,
+             int num_threads);
 
 }  // namespace flexpipe
