@@ -1,12 +1,14 @@
 """Cuts: no other one is better, told by trying them all; coarse cuts of a ladder are unions of fine ones."""
 
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from planner_cases import MIB, make_device, make_profile
 
+from flexpipe_serve.errors import ConfigError
+from flexpipe_serve.planner.ladder import nested_ladder
 from flexpipe_serve.planner.partition import best_boundaries, eq2_boundaries
 from flexpipe_serve.planner.profile import StepShape
 
@@ -190,3 +192,28 @@ def test_the_refactoring_term_moves_cuts_to_those_to_keep():
     kept = eq2_boundaries(profile, devices, DECODE, bytes_per_s=1e10, refactor_weight=1.0, cuts_to_keep=(3, 6, 9))
     assert not set(free) <= {3, 6, 9}
     assert set(kept) <= {3, 6, 9}
+
+
+@given(scale=st.lists(st.floats(0.2, 3), min_size=1, max_size=20), data=st.data())
+def test_coarse_cuts_of_a_ladder_are_unions_of_fine_ones(scale, data):
+    profile = make_profile(scale)
+    max_stages = data.draw(st.integers(1, len(scale)))
+    rungs = nested_ladder(profile, DECODE, max_stages=max_stages)
+    assert [len(rung) + 1 for rung in rungs] == list(range(1, max_stages + 1))
+    for coarse, fine in pairwise(rungs):
+        assert set(coarse) < set(fine)
+    devices = [make_device(i) for i in range(max_stages)]
+    assert rungs[-1] == best_boundaries(profile, devices, DECODE)
+
+
+def test_a_ladder_halves_evenly():
+    rungs = nested_ladder(make_profile((1.0,) * 64, stage_s=0.0), PREFILL, max_stages=8)
+    for num_stages in (2, 4, 8):
+        edges = (0, *rungs[num_stages - 1], 64)
+        sizes = [b - a for a, b in pairwise(edges)]
+        assert max(sizes) - min(sizes) <= 2
+
+
+def test_no_ladder_of_more_stages_than_layers():
+    with pytest.raises(ConfigError, match="4 stages for 3 layers"):
+        nested_ladder(make_profile((1.0,) * 3), DECODE, max_stages=4)
