@@ -62,9 +62,12 @@ def sample(logits: torch.Tensor, specs: Sequence[SampleSpec], histories: Int32) 
     edited = _edit(logits, specs, histories)
     greedy = [i for i, spec in enumerate(specs) if spec.temperature < _GREEDY_BELOW]
     drawn = [i for i, spec in enumerate(specs) if spec.temperature >= _GREEDY_BELOW]
-    tokens = torch.empty(len(specs), dtype=torch.int64, device=logits.device)
-    if greedy:
-        tokens[greedy] = _argmax(edited if not drawn else edited[greedy])
+    if drawn:
+        tokens = torch.empty(len(specs), dtype=torch.int64, device=logits.device)
+        if greedy:
+            tokens[greedy] = _argmax(edited[greedy])
+    else:
+        tokens = _argmax(edited)
     for rows in _pieces(len(drawn), logits.device):
         tokens[drawn[rows]] = _draw(edited[drawn[rows]], [specs[i] for i in drawn[rows]])
     chosen: list[int] = tokens.tolist()

@@ -18,6 +18,9 @@ from flexpipe_serve.model.layer import DecoderLayer
 from flexpipe_serve.model.rotary import DefaultRotary, Rotary
 from flexpipe_serve.model.source import ModelSpec
 
+_FLOAT_BYTES = 4
+_MAX_TABLE_BYTES = 16 << 20
+
 
 class LayerMaker(Protocol):
     """Makes the layers of one model, and what they share in a step."""
@@ -62,8 +65,12 @@ class _FusedLayerMaker:
         self._linear = linear
         self._eps = spec.norm_eps
         self._rotary: Rotary
+        self._table: torch.Tensor | None = None
+        """Factors of all positions, where that is not much."""
         if spec.default_rope is not None:
             self._rotary = DefaultRotary(spec.default_rope, device=device)
+            if spec.max_model_len * spec.default_rope.dim * _FLOAT_BYTES <= _MAX_TABLE_BYTES:
+                self._table = self._factors(torch.empty(0, device=device), torch.arange(spec.max_model_len).to(device))
         else:
             from flexpipe_serve.model.skeleton import Skeleton
 
@@ -86,6 +93,11 @@ class _FusedLayerMaker:
         return FusedLayer(weights, self._shape, eps=self._eps, linear=self._linear)
 
     def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if self._table is not None:
+            return self._table.index_select(0, positions)
+        return self._factors(hidden, positions)
+
+    def _factors(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         cos, sin = self._rotary(hidden, positions.unsqueeze(0))
         return rotary_factors(cos[0], sin[0])
 

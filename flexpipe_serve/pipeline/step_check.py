@@ -3,6 +3,8 @@ somebody else's KV."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from flexpipe_serve.pipeline.messages import Int32, StepBatch
 
 
@@ -22,17 +24,18 @@ def check_batch(batch: StepBatch, *, num_blocks: int, block_size: int, vocab_siz
     ):
         if len(array) != length:
             raise ValueError(f"{name} has {len(array)} entries, the header says {length}.")
-    _check_range("token_ids", batch.token_ids, 0, vocab_size)
-    _check_range("num_new", batch.num_new, 1, header.num_tokens + 1)
+    _check_below("token_ids", batch.token_ids, vocab_size)
+    if (fewest := int(batch.num_new.min())) < 1:
+        raise ValueError(f"num_new has {fewest}; each sequence of a step has at least 1.")
     if (total := int(batch.num_new.sum())) != header.num_tokens:
         raise ValueError(f"num_new adds up to {total}, the header says {header.num_tokens}.")
-    _check_range("num_computed", batch.num_computed, 0, max_model_len)
+    _check_below("num_computed", batch.num_computed, max_model_len)
     end = int((batch.num_computed + batch.num_new).max())
     limit = min(max_model_len, header.table_width * block_size)
     if end > limit:
         raise ValueError(f"a sequence reaches {end} tokens; its block table and the model allow {limit}.")
-    _check_range("block_tables", batch.block_tables, 0, num_blocks)
-    _check_range("targets", batch.targets, 0, vocab_size)
+    _check_below("block_tables", batch.block_tables, num_blocks)
+    _check_below("targets", batch.targets, vocab_size)
     for sample in header.samples:
         _check_row(sample.row, header.num_seqs)
     for spec in header.prompt_logprobs:
@@ -41,9 +44,11 @@ def check_batch(batch: StepBatch, *, num_blocks: int, block_size: int, vocab_siz
             raise ValueError(f"{spec.num_targets} targets for {batch.num_new[spec.row]} new tokens of a sequence.")
 
 
-def _check_range(name: str, array: Int32, start: int, stop: int) -> None:
-    if array.size and not (start <= (low := int(array.min())) and (high := int(array.max())) < stop):
-        raise ValueError(f"{name} has {low if low < start else high}; {start} to {stop - 1} are valid.")
+def _check_below(name: str, array: Int32, stop: int) -> None:
+    # Read as unsigned, what is negative is too large: one pass over the array finds both.
+    if array.size and int(array.view(np.uint32).max()) >= stop:
+        wrong = array[(array < 0) | (array >= stop)][0]
+        raise ValueError(f"{name} has {wrong}; 0 to {stop - 1} are valid.")
 
 
 def _check_row(row: int, num_seqs: int) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from flexpipe_serve.kernels.attention import RaggedBatch
@@ -27,6 +29,8 @@ from flexpipe_serve.pipeline.messages import (
 )
 from flexpipe_serve.pipeline.stage_types import Assignment, StageSetup
 from flexpipe_serve.pipeline.step_check import check_batch
+
+Int64 = npt.NDArray[np.int64]
 
 _LOGIT_ROWS = 64
 """Rows of logits made at once: those of a whole prompt would take gigabytes."""
@@ -182,9 +186,7 @@ class StepComputer:
             block_tables=batch.block_tables,
             block_size=self._block_size,
         )
-        num_new = torch.from_numpy(batch.num_new).long()
-        offsets = torch.arange(batch.header.num_tokens) - _starts(batch).repeat_interleave(num_new)
-        positions = torch.from_numpy(batch.num_computed).long().repeat_interleave(num_new) + offsets
+        positions = torch.from_numpy(_positions(batch))
         return self.model.forward(
             given.tensor if given else torch.from_numpy(batch.token_ids).long().to(self.device),
             layers=assignment.layers,
@@ -199,18 +201,21 @@ class StepComputer:
     ) -> tuple[Frame, tuple[LogprobResult | None, ...], tuple[tuple[LogprobResult, ...], ...]]:
         """The last stage's part: logits of the rows that need them, sampling, log probabilities of the prompt."""
         header = batch.header
-        starts = _starts(batch)
+        ends = batch.num_new.cumsum()
         tokens: Frame = b""
         logprobs: tuple[LogprobResult | None, ...] = ()
         if header.samples:
-            ends = starts + torch.from_numpy(batch.num_new) - 1
-            rows = ends[[spec.row for spec in header.samples]].to(self.device)
-            output = sample(self.model.logits(hidden[rows]), header.samples, batch.histories)
+            rows = ends[[spec.row for spec in header.samples]] - 1
+            if len(rows) < len(hidden) or (rows != np.arange(len(hidden))).any():
+                hidden_rows = hidden.index_select(0, torch.from_numpy(rows).to(self.device))
+            else:  # every token is a sequence's last: nothing but decodes
+                hidden_rows = hidden
+            output = sample(self.model.logits(hidden_rows), header.samples, batch.histories)
             tokens, logprobs = output.tokens.data.cast("B"), output.logprobs
         prompts = []
         offset = 0
         for spec in header.prompt_logprobs:
-            first = int(starts[spec.row])
+            first = int(ends[spec.row] - batch.num_new[spec.row])
             targets = batch.targets[offset : offset + spec.num_targets]
             offset += spec.num_targets
             found: list[LogprobResult] = []
@@ -222,6 +227,9 @@ class StepComputer:
         return tokens, logprobs, tuple(prompts)
 
 
-def _starts(batch: StepBatch) -> torch.Tensor:
-    """Index of each sequence's first token in the step."""
-    return torch.from_numpy(batch.num_new.cumsum() - batch.num_new)
+def _positions(batch: StepBatch) -> Int64:
+    """Place of each token of the step in its sequence."""
+    if batch.header.num_tokens == batch.header.num_seqs:
+        return batch.num_computed.astype(np.int64)
+    firsts = batch.num_new.cumsum() - batch.num_new - batch.num_computed
+    return np.arange(batch.header.num_tokens) - np.repeat(firsts, batch.num_new)

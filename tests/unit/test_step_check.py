@@ -39,7 +39,7 @@ def test_a_sound_step_passes() -> None:
         ({"token_ids": int32(5, 6, -1, 1)}, {}, "token_ids has -1"),
         ({"num_computed": int32(0)}, {}, "num_computed has 1 entries"),
         ({"num_computed": int32(0, -1)}, {}, "num_computed has -1"),
-        ({"num_new": int32(4, 0)}, {}, "num_new has 0; 1 to 4 are valid"),
+        ({"num_new": int32(4, 0)}, {}, "num_new has 0; each sequence of a step has at least 1"),
         ({"num_new": int32(3, 2)}, {}, "num_new adds up to 5, the header says 4"),
         ({"num_computed": int32(0, 7), "num_new": int32(2, 2)}, {}, "reaches 9 tokens.*allow 8"),
         ({"block_tables": int32(3, 1, 2, 8).reshape(2, 2)}, {}, "block_tables has 8; 0 to 7 are valid"),
