@@ -10,7 +10,7 @@ from flexpipe_serve import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. Returns the exit status."""
-    from flexpipe_serve import cli_admin, launch
+    from flexpipe_serve import cli_admin, cli_profile, launch
     from flexpipe_serve.bench import refactor as bench_refactor
     from flexpipe_serve.bench import resize as bench_resize
     from flexpipe_serve.bench import serve as bench_serve
@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch.add_arguments(serve)
     serve.set_defaults(run=launch.main)
     cli_admin.add_commands(commands)
+    cli_profile.add_command(commands)
     bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
     load = bench.add_parser("serve", help="load on one or several OpenAI endpoints")
     bench_serve.add_arguments(load)
