@@ -28,7 +28,7 @@ _MAX_OBSERVATIONS = 500
 _NUM_RECENT = 1000
 """Observations the percentiles of the snapshot are taken from."""
 
-_TAGS = ("app", "model")
+_TAGS = ("app", "model", "pipeline")
 # fmt: off
 _SECONDS = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75,
@@ -81,7 +81,7 @@ class MetricsBackend(Protocol):
 
 
 class EngineMetrics:
-    """The metrics of one engine: ``flexpipe_*`` with the tags app and model.
+    """The metrics of one engine: ``flexpipe_*`` with the tags app, model and pipeline.
 
     The ``on_*`` calls belong to the engine's thread and cost about a microsecond; all methods may be called from any
     thread.
@@ -89,15 +89,16 @@ class EngineMetrics:
     Args:
         app: name of the application.
         model: name of the model.
+        pipeline: number of the pipeline.
         backend: by default Ray, where it is running in this process; without, only snapshots are kept.
     """
 
-    def __init__(self, *, app: str, model: str, backend: MetricsBackend | None = None) -> None:
+    def __init__(self, *, app: str, model: str, pipeline: int = 0, backend: MetricsBackend | None = None) -> None:
         backend = backend or _ray_backend()
-        self._metrics = {} if backend is None else _create(backend, app=app, model=model)
+        tags = {"app": app, "model": model, "pipeline": str(pipeline)}
+        self._metrics = {} if backend is None else _create(backend, tags)
         self._lock = threading.Lock()
         self._last_flush = 0.0
-        self._last_token: dict[EngineSequence, float] = {}
         # Since the last flush.
         self._increments: defaultdict[_Key, float] = defaultdict(int)
         self._observations: dict[str, list[float]] = {name: [] for name in _HISTOGRAMS}
@@ -106,7 +107,8 @@ class EngineMetrics:
         self._totals: defaultdict[_Key, float] = defaultdict(int)
         self._num_observed = dict.fromkeys(_HISTOGRAMS, 0)
         self._recent = {name: deque[float](maxlen=_NUM_RECENT) for name in _HISTOGRAMS}
-        self._stage_gauges: dict[_Key, float] = {}
+        self._shown: dict[_Key, float] = {}
+        """Gauges as they stand."""
 
     def on_step(self, step_seconds: float, stage_seconds: Sequence[float], *, num_tokens: int) -> None:
         """A step's result is there.
@@ -131,20 +133,20 @@ class EngineMetrics:
                     self._on_token(update.sequence, now)
 
     def _on_token(self, seq: EngineSequence, now: float) -> None:
-        last = self._last_token.get(seq)
+        last = seq.last_token_time
         if last is not None:
             self._observations["inter_token_seconds"].append(now - last)
         else:
             self._observations["time_to_first_token_seconds"].append(now - seq.arrival_time)
             if seq.first_scheduled_time is not None:
                 self._observations["queue_seconds"].append(seq.first_scheduled_time - seq.arrival_time)
-        self._last_token[seq] = now
+        seq.last_token_time = now
 
     def on_sequence_finished(self, seq: EngineSequence, finish_reason: FinishReason) -> None:
         """A sequence ended; only one that came to its own end (stop, length) counts in the latencies."""
         with self._lock:
             self._increments["sequences_finished", finish_reason] += 1
-            last_token = self._last_token.pop(seq, None)
+            last_token = seq.last_token_time
             if finish_reason not in ("stop", "length"):
                 return
             if seq.finish_time is not None:
@@ -166,25 +168,28 @@ class EngineMetrics:
 
     def set_gauges(self, stats: SchedulerStats, reports: Sequence[StageReport], *, epoch: int) -> None:
         """The state of the scheduler and of the stages (in pipeline order); now and then."""
-        stage_gauges: dict[_Key, float] = {}
+        gauges: dict[_Key, float] = {
+            ("running_sequences",): stats.num_running,
+            ("waiting_sequences",): stats.num_waiting,
+            ("kv_used_ratio",): stats.num_used_blocks / max(1, stats.num_blocks),
+            ("epoch",): epoch,
+            ("stages",): len(reports),
+        }
         for stage, report in enumerate(reports):
-            stage_gauges["stage_layers", str(stage)] = report.stop - report.start
-            stage_gauges["stage_memory_bytes", str(stage), "weights"] = report.weights_bytes
-            stage_gauges["stage_memory_bytes", str(stage), "kv"] = report.kv_bytes
-            stage_gauges["stage_memory_bytes", str(stage), "overhead"] = report.overhead_bytes
+            gauges["stage_layers", str(stage)] = report.stop - report.start
+            gauges["stage_memory_bytes", str(stage), "weights"] = report.weights_bytes
+            gauges["stage_memory_bytes", str(stage), "kv"] = report.kv_bytes
+            gauges["stage_memory_bytes", str(stage), "overhead"] = report.overhead_bytes
         with self._lock:
-            # Ray shows a gauge's last value until the next: stages that are gone must be set to 0.
-            self._gauges.update(dict.fromkeys(self._stage_gauges, 0))
-            self._gauges.update(stage_gauges)
-            self._stage_gauges = stage_gauges
-            self._gauges["running_sequences",] = stats.num_running
-            self._gauges["waiting_sequences",] = stats.num_waiting
-            self._gauges["kv_used_ratio",] = stats.num_used_blocks / max(1, stats.num_blocks)
-            self._gauges["epoch",] = epoch
-            self._gauges["stages",] = len(reports)
+            self._show(gauges)
             self._raise_to("prompt_tokens", stats.num_prompt_tokens)
             self._raise_to("prefix_cache_hit_tokens", stats.num_prefix_hit_tokens)
             self._raise_to("preemptions", stats.num_preemptions)
+
+    def _show(self, gauges: dict[_Key, float]) -> None:
+        # Ray shows a gauge's last value until the next: stages that are gone must be set to 0.
+        self._gauges |= dict.fromkeys(self._shown, 0.0) | gauges
+        self._shown = gauges
 
     def _raise_to(self, counter: str, total: int) -> None:
         """Count what is missing to the scheduler's own count since its start."""
@@ -197,10 +202,18 @@ class EngineMetrics:
         Args:
             now: seconds of a clock that never goes back.
         """
-        if now - self._last_flush < FLUSH_INTERVAL_S:
-            return
-        with self._lock:
+        if now - self._last_flush >= FLUSH_INTERVAL_S:
             self._last_flush = now
+            self._flush()
+
+    def end(self) -> None:
+        """The pipeline is gone: its gauges are 0."""
+        with self._lock:
+            self._show({})
+        self._flush()
+
+    def _flush(self) -> None:
+        with self._lock:
             increments, self._increments = self._increments, defaultdict(int)
             gauges, self._gauges = self._gauges, {}
             observations, self._observations = self._observations, {name: [] for name in _HISTOGRAMS}
@@ -247,7 +260,7 @@ class EngineMetrics:
         return {"counters": counters, "latencies": latencies}
 
 
-def _create(backend: MetricsBackend, *, app: str, model: str) -> dict[str, Any]:
+def _create(backend: MetricsBackend, default_tags: dict[str, str]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name, (description, tags) in _COUNTERS.items():
         metrics[name] = backend.Counter(f"flexpipe_{name}", description=description, tag_keys=(*_TAGS, *tags))
@@ -258,7 +271,7 @@ def _create(backend: MetricsBackend, *, app: str, model: str) -> dict[str, Any]:
             f"flexpipe_{name}", description=description, boundaries=list(boundaries), tag_keys=_TAGS
         )
     for metric in metrics.values():
-        metric.set_default_tags({"app": app, "model": model})
+        metric.set_default_tags(default_tags)
     return metrics
 
 

@@ -53,6 +53,7 @@ class Sequence:
         "first_token_time",
         "in_flight",
         "index",
+        "last_token_time",
         "num_cached_tokens",
         "num_computed",
         "num_failed_steps",
@@ -109,6 +110,8 @@ class Sequence:
         self.arrival_time = arrival_time
         self.first_scheduled_time: float | None = None
         self.first_token_time: float | None = None
+        self.last_token_time: float | None = None
+        """As the metrics have it."""
         self.finish_time: float | None = None
 
     def __repr__(self) -> str:

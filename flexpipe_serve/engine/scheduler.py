@@ -13,8 +13,9 @@ The number of blocks can change while all this goes on. A shrink moves KV down b
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import numpy.typing as npt
@@ -37,15 +38,18 @@ class Scheduler:
 
     Args:
         num_blocks: KV blocks of ``block_size`` tokens, equal on all stages.
+        arrivals: rising numbers for the requests; schedulers that take over each other's sequences draw from one.
     """
 
-    def __init__(self, config: SchedulerConfig, *, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, config: SchedulerConfig, *, num_blocks: int, block_size: int, arrivals: Iterator[int] | None = None
+    ) -> None:
         self.config = config
         self._pool = SequencePool(num_blocks=num_blocks, block_size=block_size, prefix_cache=config.prefix_cache)
         self._in_flight: dict[int, Step] = {}
         self._suspects: dict[Sequence, None] = {}
         """Sequences whose last step failed."""
-        self._next_arrival = 0
+        self._arrivals = count() if arrivals is None else arrivals
 
     @property
     def max_len(self) -> int:
@@ -79,10 +83,10 @@ class Scheduler:
             if any(s.index == seq.index for s in self._pool.groups.sequences(seq.request_id)):
                 raise InvalidRequestError(f"A request with the id {seq.request_id!r} is being served; use another id.")
         check_queue(len(sequences), self.config, num_unfinished=len(self._pool))
+        arrival = next(self._arrivals)
         for seq in sequences:
-            seq.arrival = self._next_arrival
+            seq.arrival = arrival
             self._pool.add(seq)
-        self._next_arrival += 1
 
     def abort(self, request_id: str, *, now: float) -> list[Sequence]:
         """End all sequences of a request with ``abort``; unknown and ended requests are ignored.
@@ -235,29 +239,34 @@ class Scheduler:
             The sequences that ended: those whose end was requested, and those too long for ``num_blocks`` blocks
             (``length``, or ``error`` where there is no output yet).
         """
-        self._in_flight.clear()
-        self._pool.reset(num_blocks)
-        requested = [seq for seq in self._pool.waiting if seq.end_requested is not None]
-        for seq in requested:
-            assert seq.end_requested is not None
-            self._pool.end(seq, seq.end_requested, now=now)
-        return requested + self._end_too_long(now)
+        return self._lose_kv(num_blocks, now) + self._end_too_long(now)
+
+    def hand_over(self, *, now: float) -> tuple[list[Sequence], list[Sequence]]:
+        """Give up all sequences: other schedulers ``take_over`` them. As in ``reset`` steps in flight are void.
+
+        Returns:
+            The sequences that ended, since that was requested, and those that go on elsewhere, by rank.
+        """
+        ended = self._lose_kv(self._pool.blocks.num_blocks, now)
+        self._suspects.clear()
+        return ended, self._pool.take_out()
+
+    def take_over(self, sequences: Collection[Sequence], *, now: float) -> list[Sequence]:
+        """Go on with sequences that another scheduler handed over, from their tokens. They keep output and rank; no
+        bound of the queue holds for them.
+
+        Returns:
+            The sequences that ended: those too long (``length``, or ``error`` where there is no output yet).
+        """
+        for seq in sequences:
+            self._pool.add(seq)
+            if seq.num_failed_steps:
+                self._suspects[seq] = None
+        return self._end_too_long(now)
 
     def stats(self) -> SchedulerStats:
         """What holds now."""
-        pool = self._pool
-        return SchedulerStats(
-            num_running=len(pool.running),
-            num_waiting=len(pool.waiting),
-            num_steps_in_flight=len(self._in_flight),
-            num_blocks=pool.blocks.num_blocks,
-            num_free_blocks=pool.blocks.num_free,
-            num_cached_blocks=pool.blocks.num_cached,
-            num_used_blocks=pool.blocks.num_used,
-            num_preemptions=pool.num_preemptions,
-            num_prompt_tokens=pool.num_prompt_tokens,
-            num_prefix_hit_tokens=pool.num_prefix_hit_tokens,
-        )
+        return self._pool.stats(num_steps_in_flight=len(self._in_flight))
 
     def check_integrity(self) -> None:
         """Raises AssertionError where blocks or sequences are lost or counted twice."""
@@ -265,6 +274,15 @@ class Scheduler:
         assert len(steps) == sum(len(plan.chunks) for plan in self._in_flight.values()), "a sequence is in two steps"
         assert steps == {seq: seq.in_flight for seq in self._pool.running if seq.in_flight is not None}
         self._pool.check_integrity(tuple(copy for plan in self._in_flight.values() for copy in plan.copies))
+
+    def _lose_kv(self, num_blocks: int, now: float) -> list[Sequence]:
+        """All sequences wait. Those that ended because that was requested."""
+        self._in_flight.clear()
+        self._pool.reset(num_blocks)
+        requested = [(seq, seq.end_requested) for seq in self._pool.waiting if seq.end_requested is not None]
+        for seq, end in requested:
+            self._pool.end(seq, end, now=now)
+        return [seq for seq, _ in requested]
 
     def _land(self, step: int) -> Step | None:
         """Take a step out of flight, None for a void one. Its copies are made, whatever became of its rows."""

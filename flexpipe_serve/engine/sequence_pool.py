@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 
 from flexpipe_serve.engine.request import Sequence, SequenceEnd, SequenceStatus
 from flexpipe_serve.engine.request_groups import RequestGroups
+from flexpipe_serve.engine.scheduler_config import SchedulerStats
 from flexpipe_serve.kv.block_manager import BlockManager, Moves
 
 
@@ -141,6 +142,14 @@ class SequencePool:
         self.num_kv_tokens = num_blocks * self.blocks.block_size
         self.groups.forget_computed()
 
+    def take_out(self) -> list[Sequence]:
+        """Let all sequences go, after ``reset``: none holds KV. By rank."""
+        assert not self.running
+        taken, self.waiting = self.waiting, []
+        for seq in taken:
+            self.groups.remove(seq)
+        return taken
+
     def grow(self, num_blocks: int) -> None:
         """More blocks than now, or as many; what one sequence can count on is what they hold."""
         self.blocks.grow(num_blocks)
@@ -149,6 +158,21 @@ class SequencePool:
     def take_moves(self, max_moves: int) -> Moves:
         """Copies for the next step, which bring blocks and their tables below the limit of a shrink."""
         return self.blocks.take_moves((seq.block_table for seq in self.running), max_moves=max_moves)
+
+    def stats(self, *, num_steps_in_flight: int) -> SchedulerStats:
+        """What holds now."""
+        return SchedulerStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_steps_in_flight=num_steps_in_flight,
+            num_blocks=self.blocks.num_blocks,
+            num_free_blocks=self.blocks.num_free,
+            num_cached_blocks=self.blocks.num_cached,
+            num_used_blocks=self.blocks.num_used,
+            num_preemptions=self.num_preemptions,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_prefix_hit_tokens=self.num_prefix_hit_tokens,
+        )
 
     def check_integrity(self, unfinished_moves: Moves) -> None:
         """Raises AssertionError where a block or a sequence is lost or in two places."""

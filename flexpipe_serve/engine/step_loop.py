@@ -6,23 +6,22 @@ in one place, between two steps. Others speak to it by commands.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import queue
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from flexpipe_serve.engine.holds import Hold, HoldTimes
-from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.request import Sequence as EngineSequence
 from flexpipe_serve.engine.request import SequenceUpdate
 from flexpipe_serve.engine.scheduler import Scheduler
+from flexpipe_serve.engine.step_costs import StepCosts
 from flexpipe_serve.engine.stream import RequestStream
+from flexpipe_serve.engine.stream_table import StreamTable
 from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.pipeline.messages import (
@@ -55,10 +54,15 @@ class StepLink(Protocol):
     def wake(self) -> None: ...
 
 
+class RetiredError(EngineUnavailableError):
+    """The pipeline takes no more requests; another one may."""
+
+
 @dataclass(frozen=True)
 class _Sent:
     epoch: int
     time: float
+    num_tokens: int
 
 
 class StepLoop:
@@ -77,7 +81,8 @@ class StepLoop:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="flexpipe-engine", daemon=True)
         # The thread's own.
-        self._streams: dict[str, RequestStream] = {}
+        self._streams = StreamTable(metrics)
+        self._is_retired = False
         self._depth = 0
         """Steps in flight at once; 0: none are sent."""
         self._next_step = 1
@@ -90,7 +95,7 @@ class StepLoop:
         """Newest step whose result was taken, by epoch: those of one epoch end in the order sent."""
         self._hold: Hold | None = None
         self.holds = HoldTimes()
-        self._outputs: list[tuple[RequestStream, SequenceOutput]] = []
+        self.costs = StepCosts()
 
     # ------------------------------------------------------------------ for other threads
 
@@ -126,23 +131,67 @@ class StepLoop:
         return future
 
     def add(self, stream: RequestStream) -> Future[None]:
-        """Queue a request. Fails with what Scheduler.add raises."""
+        """Queue a request. Fails with what Scheduler.add raises, and with RetiredError."""
+        stream.home = self
 
         def add() -> None:
+            if self._is_retired:
+                raise RetiredError("the pipeline is being taken away.")
             self.scheduler.add(*stream.sequences)
-            self._streams[stream.request_id] = stream
+            self._streams.add(stream)
 
         return self.call(add)
 
     def abort(self, stream: RequestStream) -> Future[None]:
-        """End a request whose client is gone; harmless if it is over already."""
+        """End a request whose client is gone; harmless if it is over already. It may have been handed over."""
 
         def abort() -> None:
-            if self._streams.get(stream.request_id) is stream:
+            if stream in self._streams:
                 for seq in self.scheduler.abort(stream.request_id, now=time.monotonic()):
                     self._end(seq)
+            elif stream.home is not self:
+                stream.home.abort(stream)
 
         return self.call(abort)
+
+    def hand_over(self, place: Callable[[RequestStream], StepLoop], *, retire: bool) -> Future[int]:
+        """Give all requests to other loops, which go on with them from their tokens; steps in flight are void.
+
+        Args:
+            place: chooses the loop, not this one; called in the engine thread.
+            retire: send no more steps, and take no more requests.
+
+        Returns:
+            How many sequences went.
+        """
+
+        def hand_over() -> int:
+            if retire:
+                self._is_retired = True
+                self._depth = 0
+            self._in_flight.clear()
+            ended, going = self.scheduler.hand_over(now=time.monotonic())
+            for seq in ended:
+                self._end(seq)
+            self._streams.deliver()  # before anything that the others have to tell
+            streams = self._streams.take_out()
+            for stream in streams:
+                target = place(stream)
+                target.take_over(stream, [seq for seq in going if seq.request_id == stream.request_id])
+                stream.home = target  # only now: an abort goes there behind it
+            return len(going)
+
+        return self.call(hand_over)
+
+    def take_over(self, stream: RequestStream, sequences: Sequence[EngineSequence]) -> Future[None]:
+        """Go on with a request that another loop handed over, and with those of its sequences that are not over."""
+
+        def take_over() -> None:
+            self._streams.add(stream)
+            for seq in self.scheduler.take_over(sequences, now=time.monotonic()):
+                self._end(seq)
+
+        return self.call(take_over)
 
     def when(self, condition: Callable[[], bool]) -> Future[None]:
         """Ends when ``condition``, asked in the engine thread between two steps, is true; fails on :meth:`resume`,
@@ -160,8 +209,6 @@ class StepLoop:
 
         def pause() -> None:
             self._depth = 0
-
-        """Steps in flight at once; 0: none are sent."""
 
         return self.call(pause)
 
@@ -254,13 +301,13 @@ class StepLoop:
                 self._take_commands()
                 self._fill_pipeline()
                 self._check_conditions()
-                self._deliver()
+                self._streams.deliver()
                 frames = self._link.receive(_IDLE_WAIT_S)
                 if frames is not None:
                     self._take(frames)
             except Exception:  # thread edge: one bad message must not end all requests
                 logger.exception("the engine loop caught an error")
-        self._deliver()
+        self._streams.deliver()
         for _, future in self._conditions:
             future.set_exception(EngineUnavailableError("the engine has ended."))
 
@@ -285,7 +332,7 @@ class StepLoop:
             )
             if batch is None:
                 return
-            self._in_flight[self._next_step] = _Sent(self._link.epoch, time.monotonic())
+            self._in_flight[self._next_step] = _Sent(self._link.epoch, time.monotonic(), batch.header.num_tokens)
             self._last_sent[self._link.epoch] = self._next_step
             self._next_step += 1
             self._link.send(batch)
@@ -321,6 +368,7 @@ class StepLoop:
             self.holds.add(header.held_seconds)
             self.holds.num_tokens += len(tokens)
             updates = self.scheduler.complete(header.step, tokens, now=now)
+            self.costs.note(sent.num_tokens, step_seconds)
             self._metrics.on_step(step_seconds, header.stage_seconds, num_tokens=len(tokens))
             self._metrics.on_tokens(updates, now=now)
             for update in updates:
@@ -331,13 +379,11 @@ class StepLoop:
 
     def _take_update(self, update: SequenceUpdate, header: ResultHeader, now: float) -> None:
         seq = update.sequence
-        stream = self._streams[seq.request_id]
-        text = stream.texts[seq.index]
-        output, stop = text.push(update, header)
+        output, stop = self._streams.of(seq).texts[seq.index].push(update, header)
         if stop is not None and not update.finished:
             self.scheduler.finish(seq, "stop", stop, now=now)
         if output is not None:
-            self._put(stream, output, seq)
+            self._streams.put(seq, output)
 
     def _take_failure(self, header: FailureHeader, now: float) -> None:
         for update in self.scheduler.fail_step(header.step, now=now):
@@ -349,37 +395,11 @@ class StepLoop:
                 self._end(seq, error=f"computing it failed on {header.stage}: {header.message}")
 
     def _end(self, seq: EngineSequence, error: str | None = None) -> None:
-        """Tell the client of a sequence that ended outside a step's result."""
-        stream = self._streams[seq.request_id]
-        self._put(stream, stream.texts[seq.index].end(error), seq)
+        self._streams.end(seq, error)
 
     def _end_all(self, reason: str) -> None:
-        for stream in list(self._streams.values()):
+        for stream in self._streams.all():
             for seq in stream.sequences:
                 if not stream.texts[seq.index].is_over:
                     self.scheduler.finish(seq, "error", now=time.monotonic())
                     self._end(seq, error=reason)
-
-    def _put(self, stream: RequestStream, output: SequenceOutput, seq: EngineSequence) -> None:
-        self._outputs.append((stream, output))
-        if output.finish_reason is not None:
-            self._metrics.on_sequence_finished(seq, output.finish_reason)
-            if all(text.is_over for text in stream.texts.values()):
-                del self._streams[stream.request_id]
-
-    def _deliver(self) -> None:
-        """One call into each event loop for all outputs of a step."""
-        if not self._outputs:
-            return
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, SequenceOutput]]] = defaultdict(list)
-        for item in self._outputs:
-            by_loop[item[0].loop].append(item)
-        self._outputs = []
-        for loop, items in by_loop.items():
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_deliver_all, items)
-
-
-def _deliver_all(items: list[tuple[RequestStream, SequenceOutput]]) -> None:
-    for stream, output in items:
-        stream.deliver(output)

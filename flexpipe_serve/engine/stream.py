@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
+from typing import Protocol
 
 from tokenizers import Tokenizer
 
@@ -90,8 +92,19 @@ class SequenceText:
             self._prompt_logprobs.append(_token_logprob(token, result))
 
 
+class StreamHome(Protocol):
+    """Where a request is served."""
+
+    def abort(self, stream: RequestStream) -> Future[None]:
+        """End a request whose client is gone; harmless if it is over already."""
+        ...
+
+
 class RequestStream:
     """All sequences of a request. The engine thread makes outputs, an asyncio task iterates over them."""
+
+    home: StreamHome
+    """Whom it was given to last."""
 
     def __init__(self, sequences: Sequence[EngineSequence], *, backend: Tokenizer) -> None:
         self.request_id = sequences[0].request_id
@@ -105,6 +118,16 @@ class RequestStream:
     def is_over(self) -> bool:
         """True once the client has read the end of every sequence."""
         return self._num_open == 0
+
+    @property
+    def num_tokens(self) -> int:
+        """The most tokens, prompt included, that its longest sequence may come to have."""
+        return max(seq.num_prompt_tokens + seq.params.max_tokens for seq in self.sequences)
+
+    def leave(self) -> None:
+        """The client reads no further: what still runs is aborted."""
+        if not self.is_over:
+            self.home.abort(self)
 
     def deliver(self, output: SequenceOutput) -> None:
         """Hand an output to the client; called in its event loop."""

@@ -58,8 +58,8 @@ class FakeBackend:
     def __getitem__(self, name: str) -> dict[tuple[str, ...], list[float]]:
         """Records by the values of the metric's own tags."""
         records = self.metrics[f"flexpipe_{name}"].records
-        assert all(tags[:2] == ("chat", "demo") for tags in records)
-        return {tags[2:]: values for tags, values in records.items()}
+        assert all(tags[:3] == ("chat", "demo", "0") for tags in records)
+        return {tags[3:]: values for tags, values in records.items()}
 
 
 @pytest.fixture
@@ -289,12 +289,21 @@ def test_snapshot_before_and_after_a_flush_without_a_backend() -> None:
     }
 
 
-def test_nothing_is_kept_of_finished_sequences(metrics: EngineMetrics) -> None:
-    for _ in range(3):
-        seq = sequence()
-        generate(metrics, seq, [101.0, 102.0, 103.0])
-        metrics.on_sequence_finished(seq, "stop")
-    assert metrics._last_token == {}
+def test_a_sequence_may_go_on_in_another_pipeline(backend: FakeBackend, metrics: EngineMetrics) -> None:
+    other = EngineMetrics(app="chat", model="demo", pipeline=1)
+    seq = sequence()
+    generate(metrics, seq, [101.0, 102.0])
+    generate(other, seq, [106.0, 107.0])
+    latencies = other.snapshot()["latencies"]
+    assert (latencies["inter_token_seconds"]["max"], latencies["time_to_first_token_seconds"]["num"]) == (5.0, 0)
+
+
+def test_nothing_is_shown_of_a_pipeline_that_is_gone(backend: FakeBackend, metrics: EngineMetrics) -> None:
+    metrics.set_gauges(stats(num_running=3), [], epoch=7)
+    metrics.flush(1.0)
+    metrics.end()
+    assert backend["running_sequences"] == {(): [3, 0]}
+    assert backend["epoch"] == {(): [7, 0]}
 
 
 def test_ray_accepts_every_metric_and_tag() -> None:
