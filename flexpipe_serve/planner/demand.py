@@ -1,0 +1,111 @@
+"""What clients ask for, told incrementally: constant time a request, bounded memory (F8, F16). Pure code: the caller's
+clock comes in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from flexpipe_serve.errors import ConfigError
+from flexpipe_serve.planner.stall import StallDetector
+from flexpipe_serve.planner.types import Demand
+from flexpipe_serve.planner.windows import ArrivalWindow, Moments, RecentMoments
+
+_MIN_ARRIVALS = 10
+"""In a window, before its CV says anything."""
+_MIN_ARRIVALS_OF_RATE = 20
+"""In a window, before its rate is taken instead of a longer window's."""
+_MIN_ENDED = 30
+"""Requests in a window, before its lengths and latencies are taken instead of a longer window's."""
+_NUM_DEVIATIONS = 3.0
+"""What a change of the rate must stand out by."""
+
+
+class DemandMonitor:
+    """Watches arrivals and ends of requests.
+
+    Everything but the CVs is of the shortest window that has enough arrivals to go by, so that it follows fast under
+    load and does not jump about without. The CV that planners go by is of the window in the middle: the shortest sees
+    no more of a burst than its inside.
+
+    Args:
+        windows_s: lengths, rising.
+        prompt_token_work: of a prompt's token, in units of an output token's. The profile tells; it matters only for
+            ``service_cv``.
+
+    Raises:
+        ConfigError: the windows do not rise.
+    """
+
+    def __init__(self, windows_s: Sequence[float] = (15.0, 60.0, 180.0), *, prompt_token_work: float = 0.1) -> None:
+        if not windows_s or sorted(set(windows_s)) != list(windows_s) or windows_s[0] <= 0:
+            raise ConfigError(f"windows {tuple(windows_s)} must be positive and rise, such as (15, 60, 180) seconds.")
+        self._arrivals = [ArrivalWindow(window_s) for window_s in windows_s]
+        self._planning = self._arrivals[len(windows_s) // 2 :]
+        self._prompt_tokens = RecentMoments(windows_s, min_count=_MIN_ENDED)
+        self._output_tokens = RecentMoments(windows_s, min_count=_MIN_ENDED)
+        self._latencies = RecentMoments(windows_s, min_count=_MIN_ENDED)
+        self._prompt_token_work = prompt_token_work
+        self._num_arrived = 0
+        self._stalls = StallDetector(give_up_after_s=windows_s[-1])
+
+    def arrived(self, at: float, *, num_prompt_tokens: int) -> None:
+        """A request came. Times of calls never fall."""
+        self._num_arrived += 1
+        for window in self._arrivals:
+            window.add(at)
+        self._prompt_tokens.add(at, num_prompt_tokens)
+
+    def finished(self, at: float, *, num_output_tokens: int, latency_s: float) -> None:
+        """A request ended well, ``latency_s`` after it came."""
+        self._output_tokens.add(at, num_output_tokens)
+        self._latencies.add(at, latency_s)
+        self._stalls.add(at, latency_s)
+
+    def demand(self, at: float, *, num_waiting: int, num_running: int, prefix_hit_share: float = 0.0) -> Demand:
+        """As of ``at``. With no request yet all is 0, and a CV that is not known is 1 (Poisson)."""
+        cvs = {w: w.cv(at) for w in self._arrivals if w.num_arrivals(at) >= _MIN_ARRIVALS}
+        longest = self._arrivals[-1]
+        lately = next((w for w in self._arrivals if w.num_arrivals(at) >= _MIN_ARRIVALS_OF_RATE), longest)
+        prompt = self._prompt_tokens.moments(at)
+        output = self._output_tokens.moments(at)
+        return Demand(
+            at=at,
+            rate=lately.rate(at),
+            rate_gradient=self._gradient(at),
+            cv=next((cvs[w] for w in self._planning if w in cvs), 1.0),
+            cv_by_window={f"{w.window_s:g}s": cv for w, cv in cvs.items()},
+            prompt_tokens=prompt.mean,
+            output_tokens=output.mean,
+            service_cv=self._service_cv(prompt, output),
+            prefix_hit_share=prefix_hit_share,
+            num_waiting=num_waiting,
+            num_running=num_running,
+            num_arrived=self._num_arrived,
+        )
+
+    def _gradient(self, at: float) -> float:
+        """Of the shortest window that shows any: a steep rise soon, a slow one when it stands out."""
+        gradients = (window.gradient(at, num_deviations=_NUM_DEVIATIONS) for window in self._arrivals)
+        return next((gradient for gradient in gradients if gradient), 0.0)
+
+    def mean_latency_s(self, at: float) -> float | None:
+        """Of the requests that ended lately; None before the first."""
+        moments = self._latencies.moments(at)
+        return moments.mean if moments.count else None
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether requests take longer than they should (F23), see :class:`StallDetector`."""
+        return self._stalls.is_stalled
+
+    @property
+    def baseline_latency_s(self) -> float | None:
+        """P25 latency of normal operation; None before there are enough requests."""
+        return self._stalls.baseline_s
+
+    def _service_cv(self, prompt: Moments, output: Moments) -> float:
+        """Prompt and output lengths taken as independent."""
+        prompt_work = prompt.mean * self._prompt_token_work
+        work = prompt_work + output.mean
+        return math.hypot(prompt.cv * prompt_work, output.cv * output.mean) / work if work > 0 else 0.0

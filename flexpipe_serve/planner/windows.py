@@ -1,0 +1,176 @@
+"""Moments of what happened in the last seconds: constant time and memory however much happens. Pure code."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+_NUM_SLOTS = 15
+_MIN_COVERED_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Of the values in a window."""
+
+    count: int
+    mean: float
+    """0 where there are none."""
+    cv: float
+    """Standard deviation over mean; 0 where there are none."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """What fell into one slot's time: the first value, and sums over the others."""
+
+    number: int
+    first: float
+    num_others: int = 0
+    sum: float = 0.0
+    sum_of_squares: float = 0.0
+
+
+class MomentWindow:
+    """Count, mean and CV of values over the last ``window_s`` seconds.
+
+    The window is 15 slots, of which the youngest is still filling: a value leaves when its slot does, and what is
+    covered is 14 to 15 fifteenths of the nominal length.
+    """
+
+    def __init__(self, window_s: float) -> None:
+        self._slot_s = window_s / _NUM_SLOTS
+        self._slots: deque[_Slot] = deque()
+
+    def add(self, at: float, value: float) -> None:
+        """Take a value in; ``at`` never falls."""
+        self._drop_old(at)
+        number = math.floor(at / self._slot_s)
+        if not self._slots or self._slots[-1].number < number:
+            self._slots.append(_Slot(number, value))
+            return
+        slot = self._slots[-1]
+        slot.num_others += 1
+        slot.sum += value
+        slot.sum_of_squares += value * value
+
+    def moments(self, at: float, *, without_oldest: bool = False) -> Moments:
+        """As of ``at``.
+
+        Args:
+            without_oldest: leave out the oldest value in the window.
+        """
+        self._drop_old(at)
+        firsts = [slot.first for slot in self._slots][1 if without_oldest else 0 :]
+        count = len(firsts) + sum(slot.num_others for slot in self._slots)
+        if count == 0:
+            return Moments(0, 0.0, 0.0)
+        mean = (sum(firsts) + sum(slot.sum for slot in self._slots)) / count
+        squares = sum(first * first for first in firsts) + sum(slot.sum_of_squares for slot in self._slots)
+        deviation = math.sqrt(max(0.0, squares / count - mean * mean))
+        return Moments(count, mean, deviation / mean if mean > 0 else 0.0)
+
+    def count(self, at: float) -> int:
+        """Values in the window as of ``at``."""
+        self._drop_old(at)
+        return len(self._slots) + sum(slot.num_others for slot in self._slots)
+
+    def begin(self, at: float) -> float:
+        """Where the window as of ``at`` begins."""
+        return (math.floor(at / self._slot_s) - _NUM_SLOTS + 1) * self._slot_s
+
+    def counts(self, at: float) -> Iterator[tuple[float, float, int]]:
+        """Begin, end and number of values of each slot with any, oldest first."""
+        self._drop_old(at)
+        for slot in self._slots:
+            yield slot.number * self._slot_s, (slot.number + 1) * self._slot_s, 1 + slot.num_others
+
+    def _drop_old(self, at: float) -> None:
+        oldest = math.floor(at / self._slot_s) - _NUM_SLOTS + 1
+        while self._slots and self._slots[0].number < oldest:
+            self._slots.popleft()
+
+
+class RecentMoments:
+    """Moments of the shortest of several windows that holds enough values to go by.
+
+    Args:
+        windows_s: lengths, rising.
+        min_count: enough.
+    """
+
+    def __init__(self, windows_s: Sequence[float], *, min_count: int) -> None:
+        self._windows = [MomentWindow(window_s) for window_s in windows_s]
+        self._min_count = min_count
+        self._known = Moments(0, 0.0, 0.0)
+
+    def add(self, at: float, value: float) -> None:
+        """Take a value in; ``at`` never falls."""
+        for window in self._windows:
+            window.add(at, value)
+
+    def moments(self, at: float) -> Moments:
+        """As of ``at``: of the longest window where no one has enough; what was told last where that is empty."""
+        window = next((w for w in self._windows if w.count(at) >= self._min_count), self._windows[-1])
+        moments = window.moments(at)
+        if moments.count:
+            self._known = moments
+        return self._known
+
+
+class ArrivalWindow:
+    """Rate of arrivals over the last ``window_s`` seconds, its change, and the CV of the gaps between them."""
+
+    def __init__(self, window_s: float) -> None:
+        self.window_s = window_s
+        self._gaps = MomentWindow(window_s)
+        """Each at its later arrival; of the first arrival a 0 that is never looked at."""
+        self._first_at: float | None = None
+        self._last_at = 0.0
+
+    def add(self, at: float) -> None:
+        """An arrival; ``at`` never falls."""
+        if self._first_at is None:
+            self._first_at = self._last_at = at
+        self._gaps.add(at, at - self._last_at)
+        self._last_at = at
+
+    def num_arrivals(self, at: float) -> int:
+        """As of ``at``."""
+        return self._gaps.count(at)
+
+    def cv(self, at: float) -> float:
+        """Of the gaps that lie in the window as a whole; 0 with fewer than two."""
+        return self._gaps.moments(at, without_oldest=True).cv
+
+    def rate(self, at: float) -> float:
+        """Arrivals a second in what the window covers by now, taken as 5 s where it is less: a burst at the start is
+        no rate."""
+        return self.num_arrivals(at) / max(at - self._begin(at), _MIN_COVERED_S)
+
+    def gradient(self, at: float, *, num_deviations: float) -> float:
+        """By how much the rate changes each second, from the older to the younger half of the window.
+
+        A burst is no trend: 0 where the two halves differ by less than ``num_deviations`` standard deviations of what a
+        steady rate with gaps of this CV would bring.
+        """
+        begin = self._begin(at)
+        if at - begin < _MIN_COVERED_S:
+            return 0.0
+        middle = (begin + at) / 2
+        older = total = 0.0
+        for slot_begin, slot_end, count in self._gaps.counts(at):
+            start, stop = max(begin, slot_begin), min(at, slot_end)
+            share = (middle - start) / (stop - start) if stop > start else 1.0
+            older += count * min(1.0, max(0.0, share))
+            total += count
+        difference = total - 2 * older
+        if abs(difference) < num_deviations * math.sqrt(total) * max(1.0, self.cv(at)):
+            return 0.0
+        return difference / (middle - begin) ** 2
+
+    def _begin(self, at: float) -> float:
+        """Of what the window covers: not before the first arrival."""
+        return at if self._first_at is None else max(self._first_at, self._gaps.begin(at))

@@ -1,0 +1,226 @@
+"""The monitor sees what is there: rates, gaps, lengths, trends, stalls; and never more than it may keep."""
+
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexpipe_serve.bench.arrivals import gamma_arrivals
+from flexpipe_serve.errors import ConfigError
+from flexpipe_serve.planner.demand import DemandMonitor
+from flexpipe_serve.planner.stall import StallDetector
+from flexpipe_serve.planner.windows import ArrivalWindow, MomentWindow
+
+
+def monitor_of(times, *, num_prompt_tokens=100):
+    monitor = DemandMonitor()
+    for at in times:
+        monitor.arrived(float(at), num_prompt_tokens=num_prompt_tokens)
+    return monitor
+
+
+def demand_at(monitor, at):
+    return monitor.demand(float(at), num_waiting=0, num_running=0)
+
+
+def gamma_times(num_requests, *, rate, cv, seed):
+    wave = gamma_arrivals(num_requests, rate=rate, cv=cv, num_prompt_tokens=1, num_output_tokens=1, seed=[seed])
+    return np.array([arrival.at_s for arrival in wave])
+
+
+gaps = st.lists(st.floats(0, 20), min_size=1, max_size=80)
+
+
+@settings(max_examples=50)
+@given(gaps=gaps, wait=st.floats(0, 40), window_s=st.sampled_from([15.0, 60.0]))
+def test_an_arrival_window_is_what_its_slots_cover(gaps, wait, window_s):
+    times = np.cumsum(gaps)
+    now = float(times[-1]) + wait
+    window = ArrivalWindow(window_s)
+    for at in times:
+        window.add(float(at))
+    begin = (np.floor(now / (window_s / 15)) - 14) * (window_s / 15)
+    inside = times[np.floor(times / (window_s / 15)) >= np.floor(now / (window_s / 15)) - 14]
+    covered = now - max(begin, times[0])
+    assert window_s * 14 / 15 - 1e-6 <= now - begin <= window_s + 1e-6
+    assert window.num_arrivals(now) == len(inside)
+    assert window.rate(now) == pytest.approx(len(inside) / max(covered, 5.0))
+    own = np.diff(inside)
+    expected = own.std() / own.mean() if own.sum() > 0 else 0.0
+    assert window.cv(now) == pytest.approx(expected, rel=1e-6, abs=1e-5)
+
+
+@settings(max_examples=40)
+@given(values=st.lists(st.tuples(st.floats(0, 5), st.floats(0.1, 1e4)), min_size=1, max_size=60))
+def test_moments_of_a_window(values):
+    window = MomentWindow(30.0)
+    times = np.cumsum([gap for gap, _ in values])
+    for at, (_, value) in zip(times, values, strict=True):
+        window.add(float(at), value)
+    inside = np.array([v for at, (_, v) in zip(times, values, strict=True) if at // 2 >= times[-1] // 2 - 14])
+    moments = window.moments(float(times[-1]))
+    assert moments.count == len(inside)
+    assert moments.mean == pytest.approx(inside.mean())
+    assert moments.cv == pytest.approx(inside.std() / inside.mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("cv", [0.5, 1.0, 2.0, 4.0, 8.0])
+def test_gamma_arrivals(cv):
+    rate = 25.0
+    seen = []
+    for seed in range(6):
+        times = gamma_times(5500, rate=rate, cv=cv, seed=seed)
+        demand = demand_at(monitor_of(times), times[-1])
+        assert demand.num_arrived == 5500
+        seen.append(demand.cv_by_window["180s"])
+    # A window's own CV scatters, by much where gaps are so unequal; the mean over seeds must not be off.
+    assert np.mean(seen) == pytest.approx(cv, rel=0.05 + 0.015 * cv)
+
+
+def test_the_rate_of_gamma_arrivals():
+    times = gamma_times(4000, rate=10.0, cv=1.0, seed=3)
+    rates = []
+    monitor = DemandMonitor()
+    for i, at in enumerate(times):
+        monitor.arrived(float(at), num_prompt_tokens=1)
+        if at > 30 and i % 10 == 0:
+            rates.append(demand_at(monitor, at).rate)
+    assert np.mean(rates) == pytest.approx(10.0, rel=0.05)
+    assert np.std(rates) < 1.5
+
+
+def test_nothing_is_known_at_first_and_silence_is_seen():
+    monitor = DemandMonitor()
+    demand = demand_at(monitor, 5.0)
+    assert (demand.rate, demand.rate_gradient, demand.cv, demand.cv_by_window) == (0.0, 0.0, 1.0, {})
+    assert monitor.mean_latency_s(5.0) is None
+    monitor = monitor_of(np.arange(0, 60, 0.5))
+    assert demand_at(monitor, 60.0).rate == pytest.approx(2.0, rel=0.1)
+    assert demand_at(monitor, 100.0).rate < 1.0
+    assert demand_at(monitor, 400.0).rate == 0.0
+
+
+def test_a_burst_at_the_start_is_no_rate():
+    assert demand_at(monitor_of([1.0] * 30), 1.0).rate == 6.0
+
+
+def test_a_rising_rate_is_told_before_it_is_there():
+    # From 2 to 20 requests a second in 60 s.
+    rng = np.random.default_rng(5)
+    steady = np.cumsum(rng.exponential(0.5, 120))
+    t, times = float(steady[-1]), list(steady)
+    begin = t
+    while t < begin + 60:
+        t += rng.exponential(1 / (2 + 18 * (t - begin) / 60))
+        times.append(t)
+    monitor, told = DemandMonitor(), []
+    for at in times:
+        monitor.arrived(float(at), num_prompt_tokens=1)
+        told.append((at, demand_at(monitor, at).rate_gradient))
+    assert all(gradient == 0.0 for at, gradient in told if 20 < at < begin)
+    assert next(at for at, gradient in told if gradient > 0) < begin + 25
+    assert np.mean([g for at, g in told if at > begin + 30]) == pytest.approx(0.3, rel=0.35)
+
+
+@pytest.mark.parametrize("cv", [1.0, 4.0])
+def test_a_burst_is_no_trend(cv):
+    wrong = total = 0
+    for seed in range(4):
+        monitor = DemandMonitor()
+        for i, at in enumerate(gamma_times(1500, rate=5.0, cv=cv, seed=seed)):
+            monitor.arrived(float(at), num_prompt_tokens=1)
+            if i % 10 == 9:
+                wrong += demand_at(monitor, at).rate_gradient != 0.0
+                total += 1
+    assert wrong < 0.05 * total
+
+
+def test_lengths_follow_a_shift_and_outlast_silence():
+    monitor = DemandMonitor(prompt_token_work=0.1)
+    for i in range(400):
+        late = i >= 300
+        monitor.arrived(i * 0.4, num_prompt_tokens=50 if late else 500)
+        monitor.finished(i * 0.4, num_output_tokens=200 if late else 20, latency_s=4.0 if late else 1.0)
+    demand = demand_at(monitor, 160.0)
+    assert (demand.prompt_tokens, demand.output_tokens) == (50, 200)
+    assert monitor.mean_latency_s(160.0) == pytest.approx(4.0)
+    assert demand.service_cv == pytest.approx(0.0, abs=1e-6)
+    assert demand_at(monitor, 10_000.0).output_tokens == 200
+
+
+def test_work_varies_with_both_lengths():
+    rng = np.random.default_rng(0)
+    monitor = DemandMonitor(prompt_token_work=0.1)
+    prompts, outputs = rng.exponential(1000, 400).astype(int), rng.exponential(50, 400).astype(int)
+    for i in range(400):
+        monitor.arrived(i * 0.01, num_prompt_tokens=int(prompts[i]))
+        monitor.finished(i * 0.01, num_output_tokens=int(outputs[i]), latency_s=1.0)
+    work = prompts * 0.1 + outputs
+    assert demand_at(monitor, 4.0).service_cv == pytest.approx(work.std() / work.mean(), rel=0.1)
+
+
+def test_memory_is_bounded():
+    def size(monitor):
+        windows = [w._gaps for w in monitor._arrivals]
+        windows += [w for m in (monitor._prompt_tokens, monitor._output_tokens) for w in m._windows]
+        return max(len(w._slots) for w in windows), len(monitor._stalls._normal), len(monitor._stalls._sorted)
+
+    monitor = DemandMonitor()
+    for i in range(20_000):
+        monitor.arrived(i * 0.02, num_prompt_tokens=i % 100)
+        monitor.finished(i * 0.02, num_output_tokens=i % 30, latency_s=(i % 50) * 0.1)
+    assert size(monitor) == (15, 256, 256)
+    assert sys.getsizeof(monitor._stalls._sorted) < 10_000
+
+
+@pytest.mark.parametrize("windows_s", [(), (60.0, 15.0), (15.0, 15.0), (0.0, 15.0)])
+def test_windows_must_rise(windows_s):
+    with pytest.raises(ConfigError, match="must be positive and rise"):
+        DemandMonitor(windows_s)
+
+
+class TestStalls:
+    def detector(self, rng):
+        detector = StallDetector(give_up_after_s=100.0)
+        for i in range(300):
+            detector.add(i, rng.lognormal(0, 0.6))
+            assert not detector.is_stalled
+        return detector
+
+    def test_begins_and_ends(self):
+        rng = np.random.default_rng(1)
+        detector = self.detector(rng)
+        base = detector.baseline_s
+        assert base == pytest.approx(np.exp(-0.674 * 0.6), rel=0.1)
+        begun = [i for i in range(20) if detector.add(300 + i, 4 * rng.lognormal(0, 0.6)) or detector.is_stalled]
+        assert 2 < begun[0] < 16
+        assert begun[-1] == 19
+        ended = [i for i in range(20) if detector.add(320 + i, rng.lognormal(0, 0.6)) or not detector.is_stalled]
+        assert 2 <= ended[0] < 16
+
+    def test_what_lasts_is_the_new_normal(self):
+        rng = np.random.default_rng(2)
+        detector = self.detector(rng)
+        for i in range(200):
+            detector.add(300 + i, 4 * rng.lognormal(0, 0.6))
+        assert not detector.is_stalled
+        assert detector.baseline_s == pytest.approx(4 * np.exp(-0.674 * 0.6), rel=0.2)
+
+    def test_between_the_two_bounds_it_stays_as_it_is(self):
+        detector = StallDetector(give_up_after_s=1000.0)
+        for i in range(100):
+            detector.add(i, 1.0)
+        for i in range(100, 120):
+            detector.add(i, 1.4)
+        assert not detector.is_stalled
+        for i in range(120, 140):
+            detector.add(i, 1.6)
+        assert detector.is_stalled
+        for i in range(140, 160):
+            detector.add(i, 1.3)
+        assert detector.is_stalled
+        for i in range(160, 180):
+            detector.add(i, 1.15)
+        assert not detector.is_stalled
