@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +29,15 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.index: dict[str, TensorInfo] = read_tensor_index(path)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the files as they lie in the file system now: other weights have another one."""
+        digest = hashlib.sha256()
+        for file in sorted({info.file for info in self.index.values()}):
+            status = file.stat()
+            digest.update(repr((str(file), status.st_ino, status.st_size, status.st_mtime_ns)).encode())
+        return digest.hexdigest()
 
     def read(
         self, names: Iterable[str], *, device: torch.device, dtype: torch.dtype, between: Callable[[], None]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from flexpipe_serve.errors import UnsupportedModelError
 from flexpipe_serve.kernels.attention import AttentionBackend
 from flexpipe_serve.kernels.elementwise import rms_norm
-from flexpipe_serve.kernels.linear import Linear, PlainLinear, nothing, pack_linear
+from flexpipe_serve.kernels.linear import Linear, PlainLinear, make_linear, nothing, pack_weight
 from flexpipe_serve.kernels.native_attention import NativeAttention, NativePlan
 from flexpipe_serve.kernels.native_layer import NativeLayer, run_layers
 from flexpipe_serve.model.checkpoint import Checkpoint
@@ -20,13 +22,19 @@ from flexpipe_serve.model.layer import DecoderLayer, StepContext
 from flexpipe_serve.model.layer_maker import make_layer_maker
 from flexpipe_serve.model.one_thread import one_thread
 from flexpipe_serve.model.source import EMBEDDING_NAME, HEAD_NAME, NORM_NAME, ModelSpec
+from flexpipe_serve.placement.host_cache import HostCache
+
+_READY_FORM = 1
+"""Counts changes of what is packed how: weights in another form are no use in a cache."""
+_EMBEDDING, _HEAD = "embedding", "head"
+Weights = Mapping[str, torch.Tensor]
 
 
 class StageModel:
     """Some layers of a model, with the embedding on a first stage and final norm and LM head on a last one.
 
     Layers and ends come and go while steps run: :meth:`load` and :meth:`keep` belong to one thread, :meth:`forward` and
-    :meth:`logits` to another, which asks only for what is held then. Empty at first.
+    :meth:`logits` to another, which asks only for what is held then, and :meth:`fill_cache` to a third. Empty at first.
 
     Args:
         spec: the whole model.
@@ -48,7 +56,7 @@ class StageModel:
         self._embedding: torch.Tensor | None = None
         self._norm: torch.Tensor | None = None
         self._head: Linear | None = None
-        self._head_bytes = 0
+        self._cache: HostCache | None = None
 
     @property
     def is_native(self) -> bool:
@@ -63,9 +71,20 @@ class StageModel:
     @property
     def weights_bytes(self) -> int:
         """Memory that all weights held take."""
-        layers = sum(self._spec.layer_bytes(layer, _name(self._dtype)) for layer in self._layers)
-        embedding = 0 if self._embedding is None or self._has_one_matrix else self._embedding.nbytes
-        return layers + embedding + self._head_bytes
+        dtype = str(self._dtype).removeprefix("torch.")
+        layers = sum(self._spec.layer_bytes(layer, dtype) for layer in self._layers)
+        embedding = 0 if self._embedding is None or self._has_one_matrix else self._spec.embedding_bytes(dtype)
+        return layers + embedding + (0 if self._head is None else self._spec.head_bytes(dtype))
+
+    @property
+    def weights_key(self) -> str:
+        """Names the checkpoint and the form in which this holds its weights."""
+        form = (self._checkpoint.fingerprint, self._dtype, self._linear, self._spec.fused, _READY_FORM)
+        return hashlib.sha256(repr(form).encode()).hexdigest()[:16]
+
+    def use_cache(self, cache: HostCache) -> None:
+        """Take from ``cache`` what it has; the rest comes from the checkpoint."""
+        self._cache = cache
 
     @one_thread()
     def load(
@@ -76,7 +95,7 @@ class StageModel:
         head: bool = False,
         between: Callable[[], None] = nothing,
     ) -> None:
-        """Have these layers and ends; what is there already stays as it is.
+        """Have these layers and ends, of the same bits wherever they come from; what is there already stays as it is.
 
         Args:
             between: called after every few milliseconds of work; may wait, or raise to give up.
@@ -91,13 +110,34 @@ class StageModel:
             self._load_head(between)
         for layer in layers:
             if layer not in self._layers:
-                tensors = self._checkpoint.read_layer(layer, device=self._device, dtype=self._dtype, between=between)
-                weights = self._maker.prepare(layer, tensors, between=between)
-                del tensors
+                weights = self._from_cache(_part_of(layer), between) or self._prepare_layer(layer, between)
                 self._layers = {**self._layers, layer: self._maker.make(layer, weights)}
                 del weights
                 between()
         return_freed_memory()
+
+    def fill_cache(self, *, between: Callable[[], None]) -> None:
+        """Write what is held into the cache, as far as it has room. Goes on where it was when ``between`` raised.
+
+        Args:
+            between: called after every few MB; may wait, or raise to give up.
+        """
+        cache = self._cache
+        if cache is None:
+            return
+        for index in self.layers:
+            layer = self._layers.get(index)  # may have been given up meanwhile
+            if layer is not None and _part_of(index) not in cache:
+                cache.write(_part_of(index), layer.weights(), between=between)
+            del layer
+        embedding, norm, head = self._embedding, self._norm, self._head
+        if embedding is None and head is not None and self._shares_matrix:
+            embedding = head.packed
+        if embedding is not None and _EMBEDDING not in cache:
+            cache.write(_EMBEDDING, {"weight": embedding}, between=between)
+        if norm is not None and head is not None and _HEAD not in cache:
+            weights = {"norm": norm} if self._shares_matrix else {"norm": norm, "weight": head.packed}
+            cache.write(_HEAD, weights, between=between)
 
     def keep(self, layers: Container[int], *, embedding: bool = False, head: bool = False) -> None:
         """Give the memory of everything else back."""
@@ -106,7 +146,6 @@ class StageModel:
             self._embedding = None
         if not head:
             self._norm = self._head = None
-            self._head_bytes = 0
         return_freed_memory()
 
     @torch.inference_mode()
@@ -161,27 +200,55 @@ class StageModel:
 
     @property
     def _has_one_matrix(self) -> bool:
-        """Whether one matrix serves both ends: tied, plain weights. Packed, the head is a copy."""
+        """Whether one matrix serves both ends here."""
         return isinstance(self._head, PlainLinear) and self._head.packed is self._embedding
 
+    @property
+    def _shares_matrix(self) -> bool:
+        """Whether one matrix can serve both ends: tied, plain weights. Packed, the head is a copy."""
+        return self._spec.tied_embeddings and self._linear == "plain"
+
     def _load_embedding(self, between: Callable[[], None]) -> None:
-        if self._spec.tied_embeddings and isinstance(self._head, PlainLinear):
+        if self._shares_matrix and self._head is not None:
             self._embedding = self._head.packed
         else:
-            self._embedding = self._read(EMBEDDING_NAME, between)
+            self._embedding = self._read_embedding(between)
 
     def _load_head(self, between: Callable[[], None]) -> None:
-        self._norm = self._read(NORM_NAME, between)
-        if self._spec.tied_embeddings and self._linear == "plain" and self._embedding is not None:
-            weight = self._embedding
+        weights = self._from_cache(_HEAD, between) or self._prepare_head(between)
+        if self._shares_matrix:
+            packed = self._read_embedding(between) if self._embedding is None else self._embedding
         else:
-            weight = self._read(EMBEDDING_NAME if self._spec.tied_embeddings else HEAD_NAME, between)
-        self._head_bytes = weight.nbytes + self._norm.nbytes
-        self._head = pack_linear(weight, kind=self._linear, between=between)
+            packed = weights["weight"]
+        self._norm = weights["norm"]
+        self._head = make_linear(packed, kind=self._linear, num_outputs=self._spec.vocab_size)
+
+    def _prepare_layer(self, layer: int, between: Callable[[], None]) -> Weights:
+        tensors = self._checkpoint.read_layer(layer, device=self._device, dtype=self._dtype, between=between)
+        return self._maker.prepare(layer, tensors, between=between)
+
+    def _prepare_head(self, between: Callable[[], None]) -> Weights:
+        norm = self._read(NORM_NAME, between)
+        if self._shares_matrix:
+            return {"norm": norm}
+        weight = self._read(EMBEDDING_NAME if self._spec.tied_embeddings else HEAD_NAME, between)
+        if weight.shape != (self._spec.vocab_size, self._spec.hidden_size):
+            raise UnsupportedModelError(
+                f"{HEAD_NAME} has shape {tuple(weight.shape)}, but the configuration says "
+                f"{(self._spec.vocab_size, self._spec.hidden_size)}."
+            )
+        return {"norm": norm, "weight": pack_weight(weight, kind=self._linear, between=between)}
+
+    def _read_embedding(self, between: Callable[[], None]) -> torch.Tensor:
+        weights = self._from_cache(_EMBEDDING, between) or {"weight": self._read(EMBEDDING_NAME, between)}
+        return weights["weight"]
+
+    def _from_cache(self, part: str, between: Callable[[], None]) -> Weights | None:
+        return None if self._cache is None else self._cache.read(part, device=self._device, between=between)
 
     def _read(self, name: str, between: Callable[[], None]) -> torch.Tensor:
         return self._checkpoint.read([name], device=self._device, dtype=self._dtype, between=between)[name]
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _part_of(layer: int) -> str:
+    return f"layer-{layer}"
