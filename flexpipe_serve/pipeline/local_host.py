@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TypeVar
 
 from flexpipe_serve.pipeline.stage import Stage
 from flexpipe_serve.pipeline.stage_types import Assignment, StageHandle, StageReport, StageSetup
+from flexpipe_serve.placement.nodes import one_node_topology
+from flexpipe_serve.placement.topology import DeviceKind, Topology
 
 _T = TypeVar("_T")
 
@@ -30,6 +32,15 @@ class LocalStageHost:
             if stage is None or stage.is_over or stage.core.setup != setup:
                 stage = self._alive[setup.name] = LocalStage(Stage(setup, node=self.node))
             return stage
+
+    def topology(self, *, kind: DeviceKind) -> Topology:
+        return one_node_topology(self.node, kind=kind)
+
+    def read_drained(self) -> dict[str, float]:
+        return {}
+
+    def write_drained(self, deadlines: Mapping[str, float], /) -> None:
+        """There is no later Router."""
 
 
 class LocalStage:

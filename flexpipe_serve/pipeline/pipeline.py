@@ -25,6 +25,8 @@ from flexpipe_serve.pipeline.stage_types import (
     StageSetup,
     folder_key,
 )
+from flexpipe_serve.placement.nodes import mark_draining, usable_nodes
+from flexpipe_serve.placement.topology import DeviceKind, Topology
 
 _T = TypeVar("_T")
 logger = logging.getLogger(__name__)
@@ -71,6 +73,10 @@ class Pipeline:
         self._computes: dict[str, str] = {}
         """What each stage computes with."""
         self._domains: dict[str, str] = {}
+        self._homes: dict[str, str] = {}
+        """Node where each stage stands or is to stand."""
+        self.avoid: frozenset[str] = frozenset()
+        """Nodes where no stage is launched any more."""
         self._expected_ends: set[str] = set()
         self._lock = threading.Lock()
         self._last_epoch = 0
@@ -134,12 +140,16 @@ class Pipeline:
         Ends when it answers.
 
         Args:
-            node: where a new one must run.
+            node: where a new one must run; None: where it was placed, or wherever the host likes.
+
+        Raises:
+            EngineUnavailableError: no node is left where it might.
         """
         with self._lock:
             stage = self._stages.get(name)
         if stage is None:
-            logger.info("starting stage %s", name)
+            node = node or self._find_place(name)
+            logger.info("starting stage %s on node %s", name, node or "(any)")
             stage = self._host.launch(self._setup_of(name), node=node)
             with self._lock:
                 self._stages[name] = stage
@@ -153,6 +163,7 @@ class Pipeline:
         with self._lock:
             stage = self._stages.pop(name, None)
             self._endpoints.pop(name, None)
+            self._homes.pop(name, None)
             self._expected_ends.add(name)
         if stage is not None:
             stage.stop()
@@ -164,6 +175,27 @@ class Pipeline:
         with self._lock:
             self._stages.pop(name, None)
             self._endpoints.pop(name, None)
+            self._homes.pop(name, None)
+
+    def place(self, node_of: Mapping[str, str]) -> None:
+        """Say where stages shall stand that are launched from now on, by name."""
+        with self._lock:
+            self._homes.update({name: node for name, node in node_of.items() if name not in self._stages})
+
+    def topology(self) -> Topology:
+        """The nodes and devices as they are now; those to avoid count as draining."""
+        return mark_draining(self._host.topology(kind=DeviceKind(self._setup.device)), self.avoid)
+
+    @property
+    def node_of(self) -> dict[str, str]:
+        """The node of every stage alive, as far as is known."""
+        with self._lock:
+            return {name: self._homes[name] for name in self._stages if name in self._homes}
+
+    @property
+    def router_node(self) -> str:
+        """Where the Router runs."""
+        return self._host.node
 
     def stage(self, name: str) -> StageHandle:
         """Grip on a stage.
@@ -245,6 +277,21 @@ class Pipeline:
         """Channels to every stage of ``layout``, for ``take_route``."""
         return {name: ZmqOutlet(self._endpoints[name], node=self._host.node, keys=self._keys) for name in layout.stages}
 
+    def _find_place(self, name: str) -> str | None:
+        with self._lock:
+            home = self._homes.get(name)
+        if home is None and not self.avoid:
+            return None
+        usable = usable_nodes(self.topology())
+        if home in usable or not self.avoid:
+            return home if home in usable else None
+        if not usable:
+            raise EngineUnavailableError(
+                f"there is no node for stage {name!r}: all that live are being drained. Add a node, or undrain one."
+            )
+        taken = list(self.node_of.values())
+        return min(usable, key=taken.count)
+
     def _setup_of(self, name: str) -> StageSetup:
         cpus = self._stage_cpus.get(name)
         if cpus is None:
@@ -267,6 +314,7 @@ class Pipeline:
             with self._lock:
                 if report.name in self._stages:
                     self._endpoints[report.name] = report.endpoint
+                    self._homes[report.name] = report.node
                     self._computes[report.name] = report.compute
             self._domains[report.name] = report.domain
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,6 +17,8 @@ from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.pipeline.background import in_background
 from flexpipe_serve.pipeline.compute import pin_process
 from flexpipe_serve.pipeline.stage_types import Assignment, StageHandle, StageReport, StageSetup
+from flexpipe_serve.placement.nodes import one_node_topology
+from flexpipe_serve.placement.topology import DeviceKind, Topology
 
 _STOP_S = 5.0
 
@@ -29,6 +32,15 @@ class ProcessStageHost:
     def launch(self, setup: StageSetup, *, node: str | None = None) -> StageHandle:
         assert node in (None, self.node)
         return ProcessStage(setup)
+
+    def topology(self, *, kind: DeviceKind) -> Topology:
+        return one_node_topology(self.node, kind=kind)
+
+    def read_drained(self) -> dict[str, float]:
+        return {}
+
+    def write_drained(self, deadlines: Mapping[str, float], /) -> None:
+        """There is no later Router."""
 
 
 class ProcessStage:

@@ -6,17 +6,21 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any
 
+import msgspec
 import ray
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.pipeline.background import in_background
 from flexpipe_serve.pipeline.compute import pin_process
 from flexpipe_serve.pipeline.stage_types import Assignment, StageHandle, StageReport, StageSetup
+from flexpipe_serve.placement.ray_topology import read_topology
+from flexpipe_serve.placement.topology import DeviceKind, Topology
 
 NAMESPACE = "flexpipe"
 _STOP_S = 5.0
@@ -144,6 +148,20 @@ class RayStageHost:
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}},
         ).remote(setup)
         return RayStage(setup.name, actor)
+
+    def topology(self, *, kind: DeviceKind) -> Topology:
+        return read_topology(kind=kind)
+
+    def read_drained(self) -> dict[str, float]:
+        kept = _internal_kv_get(self._drained_key)
+        return msgspec.json.decode(kept, type=dict[str, float]) if kept else {}
+
+    def write_drained(self, deadlines: Mapping[str, float], /) -> None:
+        _internal_kv_put(self._drained_key, msgspec.json.encode(deadlines), overwrite=True)
+
+    @property
+    def _drained_key(self) -> bytes:
+        return f"flexpipe:{self._app}:drained".encode()
 
 
 class RayStage:

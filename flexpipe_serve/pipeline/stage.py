@@ -92,6 +92,8 @@ class Stage:
                 self._kv.clear()
                 self._keep([assignment])
                 self._hold(assignment, num_blocks, pace=lambda: None)
+            elif assignment.hurry:
+                in_background(lambda: self._hold(assignment, num_blocks, pace=lambda: None))
             else:
                 gently(lambda pace: self._hold(assignment, num_blocks, pace=pace))
             outlet = self._connect(assignment.next)

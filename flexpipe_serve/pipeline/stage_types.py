@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
 from flexpipe_serve.pipeline.channel import CurveKeys, Endpoint
+from flexpipe_serve.placement.topology import DeviceKind, Topology
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,8 @@ class Assignment:
     """The next stage's inbox, or the Router's behind the last stage."""
     incoming: tuple[Incoming, ...] = ()
     """Empty where the KV is in the stage's domain already, or there is none."""
+    hurry: bool = False
+    """Load without rests, though steps run."""
 
     @property
     def layers(self) -> range:
@@ -176,4 +180,16 @@ class StageHost(Protocol):
         Args:
             node: where a new one must run; None: wherever the host likes.
         """
+        ...
+
+    def topology(self, *, kind: DeviceKind) -> Topology:
+        """The nodes there are, and their devices of a kind. Deadlines are Unix time."""
+        ...
+
+    def read_drained(self) -> dict[str, float]:
+        """What :meth:`write_drained` was told last, also by an earlier Router."""
+        ...
+
+    def write_drained(self, deadlines: Mapping[str, float], /) -> None:
+        """Keep the nodes that somebody wants empty, with their deadlines, for a later Router."""
         ...

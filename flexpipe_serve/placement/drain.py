@@ -32,8 +32,8 @@ class DrainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """
 
     node: str
-    """Its id as ``GET /flexpipe/status`` shows it, the beginning of that, or its name or address where no other node
-    has the same."""
+    """Its id as ``GET /flexpipe/status`` shows it, the beginning of that, or its address where no other node has
+    the same."""
     deadline_s: float = 60.0
     """Seconds until it may be gone: it is emptied before."""
     reason: str = "requested"

@@ -7,8 +7,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -65,8 +66,9 @@ class Coordinator:
         record: is filled in as it goes on; only this thread writes to it.
         max_bytes_per_s: of each copy's snapshot.
         timeout_s: time to the switch.
-        max_spare: how many stages without layers the pool may hold now.
-        node: where the plan has the stages that are launched.
+        max_spare: how many stages without layers the pool may hold now, this one included.
+        node_of: where the plan has the stages that are launched.
+        hurry: load without rests.
         rebuild: brings a layout up from nothing but tokens; returns how many sequences are replayed.
     """
 
@@ -79,8 +81,9 @@ class Coordinator:
         step_loop: StepLoop,
         max_bytes_per_s: float,
         timeout_s: float,
-        max_spare: Callable[[], int],
-        node: str,
+        max_spare: Callable[[str], int],
+        node_of: Mapping[str, str],
+        hurry: bool,
         rebuild: Callable[[Layout], int],
     ) -> None:
         self.record = record
@@ -91,7 +94,8 @@ class Coordinator:
         self._max_bytes_per_s = max_bytes_per_s
         self._timeout_s = timeout_s
         self._max_spare = max_spare
-        self._node = node
+        self._node_of = node_of
+        self._hurry = hurry
         self._rebuild = rebuild
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._deadlines: dict[Command, float] = {}
@@ -198,7 +202,7 @@ class Coordinator:
         loop, pipeline = self._loop, self._pipeline
         match command:
             case Launch(stage):
-                return pipeline.launch(stage, node=self._node)
+                return pipeline.launch(stage, node=self._node_of[stage])
             case Prepare(stage, num_blocks):
                 return self._prepare(stage, num_blocks)
             case ResizeKV(stage, num_blocks):
@@ -245,7 +249,8 @@ class Coordinator:
             if move.target == stage
         )
         assignments = self._pipeline.assignments(self._transition.new, self._transition.epoch, {stage: incoming})
-        return self._pipeline.stage(stage).prepare(assignments[stage], num_blocks=num_blocks, fresh=False)
+        assignment = replace(assignments[stage], hurry=self._hurry)
+        return self._pipeline.stage(stage).prepare(assignment, num_blocks=num_blocks, fresh=False)
 
     def _begin_copy(self, source: str, target: str, layers: tuple[int, ...]) -> None:
         endpoint = self._pipeline.endpoint(target)
@@ -297,7 +302,7 @@ class Coordinator:
 
     def _end_stage(self, stage: str, *, can_park: bool) -> None:
         num_spare = len(set(self._pipeline.stages) - {*self._transition.old.stages, *self._transition.new.stages})
-        if not can_park or num_spare >= self._max_spare():
+        if not can_park or num_spare >= self._max_spare(stage):
             self._pipeline.end(stage)
 
     def _note_rebuilt(self, num_replayed: int) -> None:

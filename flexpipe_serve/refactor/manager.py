@@ -10,7 +10,6 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 
 import msgspec
 
@@ -19,13 +18,17 @@ from flexpipe_serve.engine.step_loop import StepLoop
 from flexpipe_serve.errors import EngineUnavailableError, RefactorBusyError, RefactorRefusedError
 from flexpipe_serve.pipeline.layout import Layout, even_boundaries, stage_name
 from flexpipe_serve.pipeline.pipeline import Pipeline
-from flexpipe_serve.pipeline.stage_types import StageReport, stage_domain
+from flexpipe_serve.pipeline.stage_types import StageReport
+from flexpipe_serve.placement.nodes import find_node, mark_draining, usable_nodes
+from flexpipe_serve.placement.placing import Placed, place_stages
+from flexpipe_serve.placement.topology import Topology
 from flexpipe_serve.refactor.commands import CancelRequested, Finish, StageLost
 from flexpipe_serve.refactor.coordinator import Coordinator
+from flexpipe_serve.refactor.expected import expect_report
 from flexpipe_serve.refactor.feasibility import REFUSED, KVDemand, ModelWeights, StageMemory, plan_refactoring
-from flexpipe_serve.refactor.moves import Move, name_stages
+from flexpipe_serve.refactor.moves import Move
 from flexpipe_serve.refactor.protocol import Transition
-from flexpipe_serve.refactor.record import Outcome, Phase, RefactorPlan, RefactorRecord, RefactorRequest
+from flexpipe_serve.refactor.record import Outcome, Phase, RefactorPlan, RefactorRecord, RefactorRequest, StagePlan
 
 logger = logging.getLogger(__name__)
 _MAX_RECORDS = 256
@@ -81,11 +84,12 @@ class RefactorManager:
         old = self._pipeline.layout
         if old is None or not self._pipeline.is_complete:
             raise EngineUnavailableError("The pipeline is not up; try again when /health answers.")
-        new, plan, node = self._plan(old, request)
+        placed, plan = self._plan(old, request)
         record = RefactorRecord(
             id=f"refactor-{uuid.uuid4().hex[:12]}",
             mode=request.mode,
             reason=request.reason,
+            hurry=request.hurry,
             outcome=Outcome.RUNNING,
             phase=Phase.PLAN,
             plan=plan,
@@ -101,10 +105,11 @@ class RefactorManager:
         if plan.verdict == REFUSED:
             raise RefactorRefusedError(plan.reason)
         record.epoch = self._pipeline.new_epoch()
+        self._pipeline.place(placed.node_of)  # a rebuild launches them there, too
         coordinator = Coordinator(
             Transition(
                 old=old,
-                new=new,
+                new=placed.layout,
                 old_epoch=self._pipeline.epoch,
                 epoch=record.epoch,
                 mode=request.mode,
@@ -118,8 +123,9 @@ class RefactorManager:
             step_loop=self._loop,
             max_bytes_per_s=request.max_bytes_per_s or self.max_bytes_per_s,
             timeout_s=request.timeout_s,
-            max_spare=lambda: self.num_warm_stages,
-            node=node,
+            max_spare=self._max_spare,
+            node_of=placed.node_of,
+            hurry=request.hurry,
             rebuild=self._rebuild,
         )
         with self._lock:
@@ -179,23 +185,19 @@ class RefactorManager:
             running.post(StageLost(name, reason))
             return True
 
-    def _plan(self, old: Layout, request: RefactorRequest) -> tuple[Layout, RefactorPlan, str]:
-        """The new layout, the plan, and the node of the stages to be launched."""
-        boundaries: Sequence[int]
-        if request.boundaries is not None:
-            boundaries = request.boundaries
-        else:
-            assert request.stages is not None
-            boundaries = even_boundaries(num_layers=old.num_layers, num_stages=request.stages)
+    def _plan(self, old: Layout, request: RefactorRequest) -> tuple[Placed, RefactorPlan]:
+        """The new layout with its nodes, and the plan."""
+        topology = self._pipeline.topology()
+        reports = self._pipeline.reports()
         spare = [name for name in self._pipeline.stages if name not in old.stages]
-        new = name_stages(old, boundaries, num_layers=old.num_layers, spare=spare)
+        placed = self._place(old, request, topology, spare=spare)
+        new = placed.layout
         if new == old:
             raise RefactorRefusedError(
-                f"the pipeline has the boundaries {list(old.boundaries)} already; nothing is to be done."
+                f"the pipeline has the boundaries {list(old.boundaries)} on these nodes already; nothing is to be done."
             )
         scheduler = self._loop.scheduler
         demand = self._loop.call(lambda: _demand(scheduler)).result()
-        reports = self._pipeline.reports()
         budgets = self._pipeline.budgets
         for report in reports.values():
             if report.domain not in budgets:
@@ -209,12 +211,25 @@ class RefactorManager:
             )
             for name, r in reports.items()
         }
+        node_of = self._pipeline.node_of | placed.node_of
         like = next(iter(reports.values()))
         for name in {*new.stages, *self._pipeline.stages}:
             if name not in reports:
-                stages[name] = self._to_be_launched(name, like, reports, budgets)
+                report = expect_report(
+                    name, node=node_of.get(name, like.node), reports=reports.values(), topology=topology
+                )
+                if report.domain not in budgets:
+                    budgets[report.domain] = self._pipeline.budget.domain_bytes(
+                        report, free_bytes=report.domain_free_bytes
+                    )
+                stages[name] = StageMemory(
+                    domain=report.domain,
+                    kv_domain=_kv_domain(report),
+                    weights_bytes=0,
+                    overhead_bytes=report.overhead_bytes,
+                )
         kept = len([name for name in spare if name not in new.stages])
-        retired = [name for name in old.stages if name not in new.stages]
+        retired = [name for name in old.stages if name not in new.stages and node_of[name] not in self._pipeline.avoid]
         plan = plan_refactoring(
             old=old,
             new=new,
@@ -228,23 +243,31 @@ class RefactorManager:
             demand=demand,
             may_grow=request.resize_kv,
         )
-        return new, plan, like.node
+        return placed, _with_nodes(plan, node_of)
 
-    def _to_be_launched(
-        self, name: str, like: StageReport, reports: Mapping[str, StageReport], budgets: dict[str, int]
-    ) -> StageMemory:
-        """What a stage will take that does not run yet: as much as those that do, in the domain of ``like`` or, where
-        every stage has its own, in a new one on its node."""
-        domain = stage_domain(like.setup, name=name, node=like.node, device=like.device)
-        if domain not in budgets:
-            report = replace(like, name=name, domain=domain)
-            budgets[domain] = self._pipeline.budget.domain_bytes(report, free_bytes=like.domain_free_bytes)
-        return StageMemory(
-            domain=domain,
-            kv_domain=_kv_domain(replace(like, name=name, domain=domain)),
-            weights_bytes=0,
-            overhead_bytes=max(r.overhead_bytes for r in reports.values()),
-        )
+    def _place(self, old: Layout, request: RefactorRequest, topology: Topology, *, spare: Sequence[str]) -> Placed:
+        if request.boundaries is not None:
+            boundaries: Sequence[int] = request.boundaries
+        else:
+            assert request.stages is not None
+            boundaries = even_boundaries(num_layers=old.num_layers, num_stages=request.stages)
+        avoid = {find_node(text, topology, param="avoid").name for text in request.avoid}
+        usable = usable_nodes(mark_draining(topology, avoid))
+        if not usable:
+            raise RefactorRefusedError("there is no node left: all that live are being drained or to be avoided.")
+        nodes = None
+        if request.nodes is not None:
+            nodes = [find_node(text, topology, param="nodes").name for text in request.nodes]
+            for text, node in zip(request.nodes, nodes, strict=True):
+                if node not in usable:
+                    raise RefactorRefusedError(
+                        f"no stage can be placed on node {text!r}: it is being drained, to be avoided, or has no"
+                        " device of the kind that stages use."
+                    )
+        return place_stages(old, boundaries, nodes=nodes, node_of=self._pipeline.node_of, spare=spare, usable=usable)
+
+    def _max_spare(self, stage: str) -> int:
+        return self.num_warm_stages if self._pipeline.node_of.get(stage) not in self._pipeline.avoid else 0
 
     def _run(self, coordinator: Coordinator) -> None:
         try:
@@ -278,6 +301,13 @@ class RefactorManager:
 
 def _kv_domain(report: StageReport) -> str:
     return report.domain if report.device == "cpu" else f"{report.domain}/{report.name}"
+
+
+def _with_nodes(plan: RefactorPlan, node_of: Mapping[str, str]) -> RefactorPlan:
+    def told(stages: Sequence[StagePlan]) -> tuple[StagePlan, ...]:
+        return tuple(msgspec.structs.replace(stage, node=node_of.get(stage.stage)) for stage in stages)
+
+    return msgspec.structs.replace(plan, old=told(plan.old), new=told(plan.new))
 
 
 def _demand(scheduler: Scheduler) -> KVDemand:

@@ -65,10 +65,10 @@ class RefactorRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """First layer of each later stage; () is a single stage."""
     nodes: tuple[str, ...] | None = None
     """Where each stage shall stand, in pipeline order: a node's id as ``GET /flexpipe/status`` shows it, the beginning
-    of that, or its name or address where no other node has the same. By default stages stay where they are, and new
-    ones join them."""
+    of that, or its address where no other node has the same. By default stages stay where they are, and new ones join
+    them."""
     avoid: tuple[str, ...] = ()
-    """Nodes where no stage shall stand afterwards."""
+    """Nodes whose layers go elsewhere."""
     mode: Mode = Mode.LIVE
     hurry: bool = False
     """Load weights without the rests that spare those who wait for tokens: for a node that is about to go."""
@@ -189,6 +189,7 @@ class RefactorRecord(msgspec.Struct, kw_only=True):
     id: str
     mode: Mode
     reason: str
+    hurry: bool = False
     outcome: Outcome
     phase: Phase
     """The present or the last one."""

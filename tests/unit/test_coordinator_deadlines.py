@@ -32,8 +32,9 @@ def make_coordinator() -> Coordinator:
         step_loop=cast(Any, None),
         max_bytes_per_s=1.0,
         timeout_s=60.0,
-        max_spare=lambda: 0,
-        node="node",
+        max_spare=lambda stage: 0,
+        node_of={},
+        hurry=False,
         rebuild=lambda layout: 0,
     )
 
