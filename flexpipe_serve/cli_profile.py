@@ -18,6 +18,7 @@ from flexpipe_serve.model.source import resolve_source
 from flexpipe_serve.planner.profile import ModelProfile, StepShape
 
 _PLAIN_WIDTH = 120
+_BUSY_SHARE = 0.1
 _LIKELY = (
     ("1 sequence decodes, context 256", StepShape(num_tokens=1, num_samples=1, num_context_tokens=256)),
     ("8 sequences decode, context 256", StepShape(num_tokens=8, num_samples=8, num_context_tokens=8 * 256)),
@@ -126,7 +127,17 @@ def profile_view(profile: ModelProfile) -> Group:
         f" {profile.activation_bytes_per_token / 1024:.1f} KiB a token between stages",
         f"error of the prediction on {profile.num_measured} other steps that mix decoding and prompts:"
         f" mean {profile.error_mean:.1%}, largest {profile.error_max:.1%}",
+        *_warnings(profile),
     )
+
+
+def _warnings(profile: ModelProfile) -> list[str]:
+    if profile.others_share < _BUSY_SHARE:
+        return []
+    return [
+        f"[yellow]other work took {profile.others_share:.0%} of the cores meanwhile, so the times are too long; measure"
+        " again with --refresh when the machine is idle[/]"
+    ]
 
 
 def _curve_table(profile: ModelProfile) -> Table:
@@ -167,6 +178,6 @@ def _steps_table(profile: ModelProfile) -> Table:
     table.add_column()
     table.add_column(justify="right")
     for name, shape in _LIKELY:
-        seconds = profile.stage_seconds(0, profile.num_layers, shape) + 2 * profile.hop_s + profile.step_s
+        seconds = profile.stage_seconds(0, profile.num_layers, shape) + profile.hop_s + profile.step_s
         table.add_row(name, f"{1e3 * seconds:.1f} ms")
     return table

@@ -18,6 +18,7 @@ from types import TracebackType
 
 import msgspec
 import numpy as np
+import psutil
 import torch
 
 from flexpipe_serve.kernels.registry import get_attention_backend
@@ -84,9 +85,11 @@ def profile_model(
     with ProbedStage(spec, setup, num_threads=num_threads) as stage:
         on_progress("steps", 0.1)
         probes, held_out = make_probes(spec, num_layers=stage.num_layers)
+        others = OtherWork()
         seconds = measure_alternately(
             stage, [*probes, *held_out], on_progress=lambda share: on_progress("steps", 0.1 + 0.65 * share)
         )
+        others_share = others.share()
         load_bytes_per_s = stage.measure_loading()
         layer_scale = stage.measure_kinds()
     fitted = [_measured(probe, seconds[probe]) for probe in probes]
@@ -109,13 +112,14 @@ def profile_model(
         head=times.head,
         stage_s=times.stage_s,
         hop_s=hop_s,
-        step_s=step_s,
+        step_s=step_s + hop_s,  # of the result
         layer_bytes=tuple(spec.layer_bytes(layer, dtype) for layer in range(spec.num_layers)),
         embedding_bytes=spec.embedding_bytes(dtype),
         head_bytes=spec.head_bytes(dtype),
         kv_bytes_per_token=spec.kv_bytes_per_token(dtype),
         activation_bytes_per_token=spec.hidden_size * dtype_size(dtype),
         load_bytes_per_s=load_bytes_per_s,
+        others_share=others_share,
     )
     held = msgspec.structs.replace(profile, layer_scale=layer_scale[: stage.num_layers])
     error = fit_error(held, [_measured(probe, seconds[probe]) for probe in held_out])
@@ -168,6 +172,24 @@ def make_probes(spec: ModelSpec, *, num_layers: int) -> tuple[list[Probe], list[
         for (start, stop), rows in mixed
     ]
     return probes, held_out
+
+
+class OtherWork:
+    """How much of the machine's cores other processes take, from now on."""
+
+    def __init__(self) -> None:
+        self._since = self._look()
+
+    def share(self) -> float:
+        """Since it was made; 0 to 1."""
+        at, idle, own = (now - then for now, then in zip(self._look(), self._since, strict=True))
+        cores = at * (psutil.cpu_count() or 1)
+        return min(1.0, max(0.0, cores - idle - own) / cores)
+
+    @staticmethod
+    def _look() -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        return time.monotonic(), times.idle + times.iowait, time.process_time()
 
 
 class ProbedStage:

@@ -72,7 +72,7 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     hop_s: _NotNegative
     """A step's message from the Router or a stage to the next, until work on it begins."""
     step_s: _NotNegative
-    """The Router's own part of a step: scheduling, taking the result."""
+    """The Router's own part of a step: scheduling, and taking the result, with its message from the last stage."""
     layer_bytes: tuple[int, ...]
     embedding_bytes: int
     head_bytes: int
@@ -81,13 +81,17 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     activation_bytes_per_token: int
     """Between two stages."""
     load_bytes_per_s: _Positive
-    """Weights read from disk and packed, by one thread with a core of its own."""
+    """Weights read and packed by one thread with a core of its own; from the system's page cache, where they are once
+    a stage has read them."""
     cached_load_bytes_per_s: float | None = None
     """The same from the host cache; None: not measured."""
     num_measured: int = 0
+    """Steps that were measured and not fitted, to tell the error."""
     error_mean: float = 0.0
-    """Relative error of the fit against the measured steps, mean of absolutes."""
+    """Relative error of the fit on those, mean of absolutes."""
     error_max: float = 0.0
+    others_share: float = 0.0
+    """Of the machine's cores, what other work took while it was measured: with much of it the times are too long."""
 
     @property
     def num_layers(self) -> int:
