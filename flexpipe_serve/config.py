@@ -125,6 +125,13 @@ class ServeArgs(_Strict):
         " one stage), such as '4GiB'; or a size for each domain by its name, such as {stage-0: 1GiB, stage-1: 600MiB}."
         " What is not given: 60 % of what is free on a CPU, 90 % of what is free on a GPU.",
     )
+    host_cache: ByteSize | None = Field(
+        None,
+        ge=0,
+        description="Shared memory of each node for weights of the model, ready to be copied into a stage that gets a"
+        " layer, such as '2GiB'; beside memory_budget. 0: none. By default what the model takes; never more than a"
+        " quarter of the free memory.",
+    )
     kv: KVConfig = Field(default_factory=KVConfig, description="The KV cache.")
     attention: Literal["auto", "torch", "native", "flash_attn"] = Field(
         "auto",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from dataclasses import asdict
 
 from flexpipe_serve.pipeline.stage_types import StageReport
 
@@ -22,6 +23,7 @@ def describe_stage(report: StageReport) -> dict[str, Any]:
         "weights_bytes": report.weights_bytes,
         "overhead_bytes": report.overhead_bytes,
         "kv_bytes": report.kv_bytes,
+        "host_cache": None if report.host_cache is None else asdict(report.host_cache),
         "num_steps": report.num_steps,
         "busy_seconds": round(report.busy_seconds, 3),
     }

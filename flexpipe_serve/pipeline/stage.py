@@ -17,6 +17,7 @@ from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.kv.domain import DomainFolder, free_bytes, sweep_stale
 from flexpipe_serve.kv.stage_kv import StageKV
 from flexpipe_serve.pipeline.background import gently, in_background
+from flexpipe_serve.pipeline.cache_filler import CacheFiller
 from flexpipe_serve.pipeline.channel import Endpoint, Outlet, ZmqInbox, ZmqOutlet
 from flexpipe_serve.pipeline.compute import stage_speed
 from flexpipe_serve.pipeline.memory import available_bytes, private_bytes, work_bytes
@@ -24,6 +25,7 @@ from flexpipe_serve.pipeline.stage_copies import StageCopies
 from flexpipe_serve.pipeline.stage_loop import StageLoop
 from flexpipe_serve.pipeline.stage_types import Assignment, StageReport, StageSetup, folder_key, stage_compute
 from flexpipe_serve.pipeline.step_compute import StepComputer
+from flexpipe_serve.placement.host_cache import HostCache
 
 _SWITCH_INTERVAL_S = 0.0005
 """Of Python's threads: a step must not wait 5 ms (the default) for a thread that loads to let go."""
@@ -52,6 +54,8 @@ class Stage:
             device=self._device,
             stage=setup.name if setup.private_kv else None,
         )
+        self._cache = None if setup.host_cache_bytes == 0 else self._join_cache()
+        self._filler = CacheFiller(self._model)
         self._stopping = threading.Event()
         self._copies = StageCopies(stage=setup.name, kv=self._kv, connect=self._connect)
         self._loop = StageLoop(
@@ -99,6 +103,7 @@ class Stage:
             outlet = self._connect(assignment.next)
             self._loop.call(lambda: self._loop.add_route(assignment, outlet))
             self._assignments[assignment.epoch] = assignment
+        self._filler.fill()
         return self.report()
 
     def resize_kv(self, num_blocks: int) -> None:
@@ -140,6 +145,10 @@ class Stage:
         on_cpu = self._device.type == "cpu"
         domain = self.node if on_cpu else f"{self.node}/{self._device}"
         free = available_bytes(self._device)
+        cache = None if self._cache is None else self._cache.use()
+        if on_cpu:
+            # The cache keeps to a share of the free memory that no budget reaches: it does not count as taken.
+            free = min(free, free_bytes(self._folder.path)) + (cache.used_bytes if cache else 0)
         return StageReport(
             name=setup.name,
             setup=setup,
@@ -149,7 +158,7 @@ class Stage:
             compute=stage_compute(setup, node=self.node, device=str(self._device)),
             speed=stage_speed(setup),
             domain=f"{domain}/{setup.name}" if setup.private_kv else domain,
-            domain_free_bytes=min(free, free_bytes(self._folder.path)) if on_cpu else free,
+            domain_free_bytes=free,
             endpoint=self._inbox.endpoint,
             epoch=self._last_epoch,
             start=held.start if held else 0,
@@ -163,11 +172,13 @@ class Stage:
             busy_seconds=self._loop.busy_seconds,
             copied_bytes=snapshot_bytes + patch_bytes,
             patch_bytes=patch_bytes,
+            host_cache=cache,
         )
 
     def run(self) -> None:
         """Take steps until :meth:`close`."""
         self._loop.run()
+        self._filler.close()
         with self._changing:  # what still loads has given up
             self._inbox.close()
             self._kv.clear()
@@ -204,6 +215,11 @@ class Stage:
         )
         self._kv.keep(layers)
         self._folder.sweep_segments()
+
+    def _join_cache(self) -> HostCache:
+        cache = HostCache(self._folder.path, key=self._model.weights_key, max_bytes=self.setup.host_cache_bytes)
+        self._model.use_cache(cache)
+        return cache
 
     def _connect(self, endpoint: Endpoint) -> Outlet:
         return ZmqOutlet(endpoint, node=self.node, keys=self.setup.keys)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from flexpipe_serve.pipeline.channel import CurveKeys, Endpoint
+from flexpipe_serve.placement.host_cache_use import HostCacheUse
 from flexpipe_serve.placement.topology import DeviceKind, Topology
 
 
@@ -31,6 +32,8 @@ class StageSetup:
     orphan_timeout_s: float
     private_kv: bool = False
     """The stage's KV is a domain of its own, also on a node that it shares with others."""
+    host_cache_bytes: int | None = 0
+    """Limit of what the node keeps of the model beside its stages; None: the whole model, 0: nothing."""
     linear: str = "auto"
     """Kind of linear map; 'auto': the one that is fastest on the stage's machine."""
     cores: tuple[int, ...] = ()
@@ -105,6 +108,8 @@ class StageReport:
     """Snapshots and patches received for the newest epoch."""
     patch_bytes: int = 0
     """Of those, patches."""
+    host_cache: HostCacheUse | None = None
+    """Of its node; None: there is none."""
 
 
 def stage_domain(setup: StageSetup, *, name: str, node: str, device: str) -> str:
