@@ -126,18 +126,23 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-@lru_cache
 def device_name(device: str) -> str:
     """The kind of this node's ``device`` ('cpu' or 'cuda'): the processor's name and number of cores, or the name of
-    the first GPU as the driver tells it."""
+    the first GPU; just 'cuda' where the driver does not tell it."""
     if device == "cpu":
         return f"{_cpu_model()}, {os.cpu_count()} cores"
+    return gpu_name() or device
+
+
+@lru_cache
+def gpu_name() -> str | None:
+    """The first GPU's name as the driver tells it; None where there is no GPU."""
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")
     except (OSError, subprocess.CalledProcessError):
-        return device
-    return names[0].strip()
+        return None
+    return names[0].strip() or None
 
 
 @lru_cache

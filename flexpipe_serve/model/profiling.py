@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import torch
 
+from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.kernels.registry import get_attention_backend
 from flexpipe_serve.kv.domain import DomainFolder
 from flexpipe_serve.kv.stage_kv import StageKV
@@ -79,6 +80,8 @@ def profile_model(
         ConfigError: dtype, device or model cannot be served.
         EngineUnavailableError: the processes that measure a hop do not answer.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("the device is 'cuda', but torch finds no CUDA device; measure on 'cpu'.")
     spec = load_spec(path)
     on_progress("loading", 0.0)
     setup = _setup(spec, dtype=dtype, device=device)

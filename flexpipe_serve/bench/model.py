@@ -1,0 +1,189 @@
+"""``flexpipe bench model``: how far the planner's latency model is from the real server.
+
+One server is refactored from split to split. On each, requests of one length come at several rates (Poisson, open
+loop), and then as many at once as are served together: that tells the capacity. Each wave is compared with what the
+model predicts from the machine's profile for the arrivals as they came: mean time to first token, time per output
+token, latency, and requests/s of the last wave against the predicted capacity. The same arrivals come to every split,
+each time with new prompts.
+
+The rates are shares of the capacity that the model predicts for the first split, unless ``--rate`` gives them. A
+profile that is missing is measured first; nothing else should run on the machine.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from flexpipe_serve.bench.arrivals import Arrival
+from flexpipe_serve.bench.model_points import Point, demand_of
+from flexpipe_serve.bench.model_report import render, save_picture, to_json
+from flexpipe_serve.bench.model_run import Load, measure
+from flexpipe_serve.bench.prompts import PromptBuilder
+from flexpipe_serve.bench.serve import positive_int
+from flexpipe_serve.bench.server import adapt_config, default_log, read_config
+from flexpipe_serve.config import ServeArgs, parse
+from flexpipe_serve.errors import ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError
+from flexpipe_serve.model.profile_cache import gpu_name, load_profile, read_profile, start_profiling
+from flexpipe_serve.model.source import resolve_source
+from flexpipe_serve.pipeline.layout import even_boundaries
+from flexpipe_serve.planner.latency import predict
+from flexpipe_serve.planner.profile import ModelProfile
+from flexpipe_serve.planner.types import Split, StageDevice
+from flexpipe_serve.private_cluster import interruptible
+
+_LOADS = (0.3, 0.55, 0.8)
+_PLENTY = 1 << 50
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``flexpipe bench model``."""
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--config", type=Path, default=Path("serve_config.yaml"), metavar="YAML", help="of the server that is started"
+    )
+    server.add_argument("--profile", type=Path, metavar="FILE", help="of its model (default: this machine's)")
+    server.add_argument(
+        "--stages", type=positive_int, nargs="+", default=[1, 2, 3], metavar="N", help="splits (default 1 2 3)"
+    )
+    load = parser.add_argument_group("load")
+    load.add_argument("--rate", type=float, nargs="+", metavar="R", help="requests/s")
+    load.add_argument(
+        "--load",
+        type=float,
+        nargs="+",
+        default=list(_LOADS),
+        metavar="X",
+        help=f"or shares of the first split's capacity (default {' '.join(map(str, _LOADS))})",
+    )
+    load.add_argument("--seconds", type=float, default=18.0, metavar="S", help="of each rate (default 18)")
+    load.add_argument("--prompt-tokens", type=positive_int, default=128, metavar="N", help="a prompt (default 128)")
+    load.add_argument("--output-tokens", type=positive_int, default=64, metavar="N", help="an answer (default 64)")
+    load.add_argument("--timeout", type=float, default=300.0, metavar="S", help="a longer request failed (default 300)")
+    load.add_argument("--seed", type=int, default=secrets.randbelow(2**31), help="of the requests (default: a new one)")
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", type=Path, metavar="FILE", help="write everything")
+    out.add_argument("--plot", type=Path, metavar="FILE.png", help="write measured and predicted figures by rate")
+    out.add_argument("--server-log", type=Path, metavar="FILE", help="of the server that is started")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the benchmark.
+
+    Returns:
+        0; 1 if a request failed or not all was measured; 2 if it cannot be measured.
+    """
+    console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 140
+    points: list[Point] = []
+    try:
+        config = adapt_config(
+            read_config(args.config),
+            args={},
+            user_config={"layout": {"stages": args.stages[0]}, "planner": {"mode": "off"}},
+        )
+        serve_args = parse(ServeArgs, config["applications"][0]["args"])
+        path = resolve_source(serve_args.model.source)
+        profile = _profile(args, serve_args, path, console)
+        load = _load(args, serve_args, profile)
+        log = args.server_log or default_log()
+        console.print(
+            f"{', '.join(f'{rate:.2f}' for rate in load.rates)} requests/s and {load.num_at_once} at once, on"
+            f" {', '.join(map(str, args.stages))} stages (log of the server: {log})"
+        )
+
+        def on_point(point: Point) -> None:
+            points.append(point)
+            rate = "at once" if point.rate is None else f"at {point.rate:.2f}/s"
+            console.print(f"{point.num_stages} stages: {len(point.wave.requests)} requests {rate}")
+
+        with interruptible():
+            with contextlib.suppress(KeyboardInterrupt):
+                asyncio.run(
+                    measure(
+                        config,
+                        profile,
+                        load,
+                        stages=args.stages,
+                        builder=PromptBuilder(path),
+                        log=log,
+                        on_point=on_point,
+                    )
+                )
+            _report(args, points, profile, console)
+    except (ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError) as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}")
+        return 2
+    is_complete = len(points) == len(args.stages) * (len(load.rates) + 1)
+    return int(not is_complete or any(request.error for point in points for request in point.wave.requests))
+
+
+def _profile(args: argparse.Namespace, serve_args: ServeArgs, path: Path, console: Console) -> ModelProfile:
+    if args.profile is not None:
+        return read_profile(args.profile)
+    device, dtype = serve_args.device, serve_args.model.dtype
+    if device == "auto":
+        device = "cpu" if gpu_name() is None else "cuda"
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    num_threads = len(os.sched_getaffinity(0))
+    found = load_profile(path, dtype=dtype, device=device, num_threads=num_threads)
+    if found is None:
+        console.print("measuring the profile")
+        found = start_profiling(path, dtype=dtype, device=device, num_threads=num_threads).result()
+    return found
+
+
+def _load(args: argparse.Namespace, serve_args: ServeArgs, profile: ModelProfile) -> Load:
+    rates = tuple(args.rate or ())
+    if not rates:
+        everything = [Arrival(0.0, args.prompt_tokens, args.output_tokens)]
+        split = _first_split(args.stages[0], profile)
+        max_rate = predict(profile, split, demand_of(everything, rate=None)).max_rate
+        rates = tuple(share * max_rate for share in args.load)
+    if min(rates) <= 0:
+        raise ConfigError(f"the lowest rate is {min(rates)} requests/s; rates and loads must be above 0.")
+    return Load(
+        rates=rates,
+        seconds=args.seconds,
+        num_at_once=serve_args.scheduler.max_num_seqs,
+        num_prompt_tokens=args.prompt_tokens,
+        num_output_tokens=args.output_tokens,
+        seed=args.seed,
+        timeout_s=args.timeout,
+    )
+
+
+def _first_split(num_stages: int, profile: ModelProfile) -> Split:
+    """With layers split evenly, on one device with all memory that is wanted."""
+    device = StageDevice(name="all", node="all", compute="all", domain="all", memory_bytes=_PLENTY)
+    return Split(
+        boundaries=even_boundaries(num_layers=profile.num_layers, num_stages=num_stages),
+        devices=(device,) * num_stages,
+    )
+
+
+def _report(args: argparse.Namespace, points: list[Point], profile: ModelProfile, console: Console) -> None:
+    if not points:
+        return
+    console.print(render(points))
+    if args.json is not None:
+        settings: dict[str, Any] = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+            if name != "run"
+        }
+        args.json.write_text(json.dumps(to_json(points, profile=profile, settings=settings), indent=2) + "\n")
+        console.print(f"wrote {args.json}")
+    if args.plot is not None:
+        save_picture(points, args.plot)
+        console.print(f"wrote {args.plot}")

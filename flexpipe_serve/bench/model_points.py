@@ -1,0 +1,132 @@
+"""A measured point of ``flexpipe bench model`` beside what the latency model says of it: pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flexpipe_serve.bench.arrivals import Arrival
+from flexpipe_serve.bench.summary import Summary, summarize
+from flexpipe_serve.bench.wave import Wave
+from flexpipe_serve.planner.latency import predict
+from flexpipe_serve.planner.profile import ModelProfile
+from flexpipe_serve.planner.types import Demand, Prediction, Split, StageDevice
+
+METRICS = {"ttft_s": "TTFT", "tpot_s": "TPOT", "latency_s": "latency", "requests_per_s": "throughput"}
+"""Names of figures, and how reports call them. A saturated point has the last one alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One wave on one split.
+
+    Args:
+        boundaries: of the pipeline.
+        rate: asked for, requests/s; None: all requests at once, as many as are served together.
+        demand: as it came.
+        prediction: of the latency model.
+        wave: what was measured.
+    """
+
+    boundaries: tuple[int, ...]
+    rate: float | None
+    demand: Demand
+    prediction: Prediction
+    wave: Wave
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.boundaries) + 1
+
+    @property
+    def summary(self) -> Summary:
+        """Of the requests."""
+        return summarize([self.wave])
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """Means over the requests, by metric."""
+        summary = self.summary
+        if self.rate is None:
+            return {"requests_per_s": summary.requests_per_s}
+        means = {
+            "ttft_s": summary.ttft_ms.mean,
+            "tpot_s": summary.tpot_ms.mean,
+            "latency_s": summary.e2e_ms.mean,
+        }
+        return {name: mean / 1e3 for name, mean in means.items() if mean is not None}
+
+    @property
+    def predicted(self) -> dict[str, float]:
+        """The same of the model."""
+        prediction = self.prediction
+        if self.rate is None:
+            return {"requests_per_s": prediction.max_rate}
+        return {"ttft_s": prediction.ttft_s, "tpot_s": prediction.tpot_s, "latency_s": prediction.latency_s}
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Predicted over measured, less one; infinite where the model says that the rate is too high."""
+        predicted = self.predicted
+        return {name: predicted[name] / value - 1.0 for name, value in self.measured.items()}
+
+
+def predict_point(
+    profile: ModelProfile, split: Split, arrivals: Sequence[Arrival], *, rate: float | None, wave: Wave
+) -> Point:
+    """The point of a wave.
+
+    Args:
+        rate: at which the arrivals were drawn; None: they came all at once.
+    """
+    demand = demand_of(arrivals, rate=rate)
+    return Point(split.boundaries, rate, demand, predict(profile, split, demand), wave)
+
+
+def demand_of(arrivals: Sequence[Arrival], *, rate: float | None) -> Demand:
+    """The demand that some arrivals are, with the gaps that they have and not those they were drawn from; the nominal
+    rate where gaps are too few to tell. With no rate, the least demand: only the capacity is of interest."""
+    gaps = np.diff([0.0, *(arrival.at_s for arrival in arrivals)])
+    found, cv = rate or 1e-9, 1.0
+    if rate is not None and len(gaps) > 1:
+        found = 1.0 / float(gaps.mean())
+        cv = float(gaps.std() / gaps.mean())
+    return Demand(
+        at=0.0,
+        rate=found,
+        rate_gradient=0.0,
+        cv=cv,
+        cv_by_window={},
+        prompt_tokens=float(np.mean([arrival.num_prompt_tokens for arrival in arrivals])),
+        output_tokens=float(np.mean([arrival.num_output_tokens for arrival in arrivals])),
+        num_arrived=len(arrivals),
+    )
+
+
+def split_of(status: Mapping[str, Any], profile: ModelProfile) -> Split:
+    """The split that a server serves with, from its status; memory such that its KV capacity is the server's."""
+    stages = status["stages"]
+    boundaries = tuple(status["layout"]["boundaries"])
+    num_kv_bytes = status["kv"]["max_tokens"] * profile.kv_bytes_per_token
+    cuts = (0, *boundaries, profile.num_layers)
+    devices = []
+    for index, stage in enumerate(stages):
+        start, stop = cuts[index], cuts[index + 1]
+        devices.append(
+            StageDevice(
+                name=stage["name"],
+                node=stage["node"],
+                compute=f"{stage['node']}/{stage['device']}",
+                domain=stage["name"],
+                memory_bytes=profile.stage_bytes(start, stop) + stage["overhead_bytes"] + num_kv_bytes * (stop - start),
+                overhead_bytes=stage["overhead_bytes"],
+            )
+        )
+    return Split(boundaries=boundaries, devices=tuple(devices))
+
+
+def mean_error(points: Sequence[Point], metric: str) -> float | None:
+    """Mean of the absolute relative errors; None where no point has the metric, infinite where one is."""
+    errors = [abs(point.errors[metric]) for point in points if metric in point.errors]
+    return float(np.mean(errors)) if errors else None

@@ -1,0 +1,118 @@
+"""What ``flexpipe bench model`` found: table, JSON, picture."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from rich import box
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from flexpipe_serve.bench.model_points import METRICS, Point, mean_error
+from flexpipe_serve.bench.report import machine, notes
+from flexpipe_serve.planner.profile import ModelProfile
+
+
+def render(points: Sequence[Point]) -> Group:
+    """Table, mean errors, and what a reader must know."""
+    table = Table(
+        title="measured, predicted, error; means over the requests", box=box.SIMPLE_HEAD, title_justify="left"
+    )
+    for heading in ("stages", "requests/s", "n", "of capacity"):
+        table.add_column(heading, justify="right")
+    for heading in ("TTFT ms", "TPOT ms", "latency ms"):
+        table.add_column(heading, justify="right")
+    table.add_column("throughput\nrequests/s", justify="right")
+    for point in points:
+        rate = "at once" if point.rate is None else f"{point.demand.rate:.2f}"
+        load = "" if point.rate is None else f"{point.prediction.utilisation:.0%}"
+        cells = [_cell(point, name, unit=1.0 if name == "requests_per_s" else 1e3) for name in METRICS]
+        table.add_row(str(point.num_stages), rate, str(len(point.wave.requests)), load, *cells)
+    found = {label: mean_error(points, name) for name, label in METRICS.items()}
+    errors = ", ".join(f"{label} {_percent(error)}" for label, error in found.items() if error is not None)
+    parts: list[Table | str] = [table, f"mean relative error: [bold]{errors}[/]"]
+    for point in points:
+        where = f"{point.num_stages} stages, {'at once' if point.rate is None else f'{point.rate:.2f} requests/s'}"
+        summary = point.summary
+        parts += [f"[yellow]{where}: {note}[/]" for note in notes(summary)]
+        parts += [f"[red]{where}: {count} failed: {escape(reason)}[/]" for reason, count in summary.errors.items()]
+    return Group(*parts)
+
+
+def to_json(points: Sequence[Point], *, profile: ModelProfile, settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything, ready for ``json.dump``; null for what is infinite."""
+    return {
+        "version": 1,
+        "settings": settings,
+        "machine": machine(),
+        "profile": msgspec.to_builtins(profile),
+        "mean_errors": {name: _finite(mean_error(points, name)) for name in METRICS},
+        "points": [
+            {
+                "num_stages": point.num_stages,
+                "boundaries": list(point.boundaries),
+                "rate": point.rate,
+                "demand": msgspec.to_builtins(point.demand),
+                "measured": point.measured,
+                "predicted": {name: _finite(value) for name, value in point.predicted.items()},
+                "errors": {name: _finite(value) for name, value in point.errors.items()},
+                "utilisation": _finite(point.prediction.utilisation),
+                "max_rate": point.prediction.max_rate,
+                "summary": asdict(point.summary),
+            }
+            for point in points
+        ],
+    }
+
+
+def save_picture(points: Sequence[Point], path: Path) -> None:
+    """Writes a PNG: each metric by rate, dots measured and lines predicted, one colour a number of stages."""
+    from matplotlib.figure import Figure  # only now: matplotlib takes its time to import
+
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    axes = figure.subplots(2, 2).flat
+    for axis, (name, label) in zip(axes, METRICS.items(), strict=True):
+        unit = 1.0 if name == "requests_per_s" else 1e3
+        for index, num_stages in enumerate(sorted({point.num_stages for point in points})):
+            own = [point for point in points if point.num_stages == num_stages and name in point.measured]
+            own.sort(key=lambda point: point.demand.rate)
+            is_capacity = name == "requests_per_s"
+            at = [float(num_stages) if is_capacity else point.demand.rate for point in own]
+            color = f"C{index}"
+            axis.plot(
+                at, [unit * point.measured[name] for point in own], "o", color=color, label=f"{num_stages} stages"
+            )
+            # What is infinite leaves a gap.
+            lines = [unit * (p.predicted[name] if math.isfinite(p.predicted[name]) else np.nan) for p in own]
+            axis.plot(at, lines, "_" if is_capacity else "-", color=color, markersize=24)
+        axis.set(title=label, xlabel="requests/s", ylabel="ms", ylim=(0, None))
+        if name == "requests_per_s":
+            axis.set(title="capacity: all requests at once", xlabel="stages", ylabel="requests/s")
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(title="dots measured, lines predicted")
+    figure.savefig(path, dpi=110)
+
+
+def _cell(point: Point, name: str, *, unit: float) -> str:
+    measured = point.measured.get(name)
+    if measured is None:
+        return ""
+    digits = 2 if unit == 1.0 else 0
+    predicted = point.predicted[name]
+    text = "∞" if math.isinf(predicted) else f"{unit * predicted:.{digits}f}"
+    return f"{unit * measured:.{digits}f}  {text}  {_percent(point.errors[name], signed=True)}"
+
+
+def _percent(error: float, *, signed: bool = False) -> str:
+    if math.isinf(error):
+        return "∞"
+    return f"{error:+.0%}" if signed else f"{error:.1%}"
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,113 @@
+"""The measuring part of ``flexpipe bench model``: one server, refactored from split to split."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexpipe_serve.async_handle import AsyncHandle
+from flexpipe_serve.bench.arrivals import Arrival, gamma_arrivals
+from flexpipe_serve.bench.client import Target
+from flexpipe_serve.bench.model_points import Point, predict_point, split_of
+from flexpipe_serve.bench.prompts import PromptBuilder
+from flexpipe_serve.bench.serve import build_prompts, first_model
+from flexpipe_serve.bench.server import running_server
+from flexpipe_serve.bench.wave import run_wave
+from flexpipe_serve.errors import ConfigError
+from flexpipe_serve.planner.profile import ModelProfile
+from flexpipe_serve.transport import HttpTransport
+
+_NUM_WARM_UP, _WARM_UP_TOKENS = 4, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is sent.
+
+    Args:
+        rates: requests/s, one wave each on every split.
+        seconds: of a wave.
+        num_at_once: requests of the wave that saturates a split.
+        num_prompt_tokens: of a request.
+        num_output_tokens: of a request.
+        seed: of arrivals and prompts.
+        timeout_s: a longer request failed.
+    """
+
+    rates: tuple[float, ...]
+    seconds: float
+    num_at_once: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    seed: int
+    timeout_s: float
+
+    def arrivals(self, rate: float | None) -> list[Arrival]:
+        """Of one wave: the same on every split."""
+        num = self.num_at_once if rate is None else max(2, round(rate * self.seconds))
+        return gamma_arrivals(
+            num,
+            rate=float("inf") if rate is None else rate,
+            cv=1.0,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_output_tokens=self.num_output_tokens,
+            seed=(self.seed, 0 if rate is None else round(1e6 * rate)),
+        )
+
+
+async def measure(
+    config: Mapping[str, Any],
+    profile: ModelProfile,
+    load: Load,
+    *,
+    stages: Sequence[int],
+    builder: PromptBuilder,
+    log: Path,
+    on_point: Callable[[Point], None],
+) -> None:
+    """All waves on all splits.
+
+    Args:
+        config: of the server.
+        profile: of its model on this machine.
+        stages: numbers of stages, in the order of measuring; layers are split evenly.
+        log: of the server.
+        on_point: called with each point as it is there.
+
+    Raises:
+        ConfigError: the server does not come up, cannot be split like that, or a warm-up request fails.
+    """
+    with running_server(config, log=log) as url:
+        target = Target("flexpipe", url, model=first_model(Target("flexpipe", url, model="")))
+        async with AsyncHandle(HttpTransport(url)) as handle:
+            for index, num_stages in enumerate(stages):
+                status = await _refactored(handle, num_stages)
+                split = split_of(status, profile)
+                for wave_index, rate in enumerate((*load.rates, None)):
+                    arrivals = load.arrivals(rate)
+                    # New prompts each time, or the prefix cache would know them.
+                    seed = (load.seed, index, wave_index)
+                    prompts = build_prompts(builder, arrivals, seed=seed, ids=False)
+                    if wave_index == 0:
+                        await _warm_up(target, builder, load, seed=(*seed, 2))
+                    wave = await run_wave(target, arrivals, prompts, concurrency=None, timeout_s=load.timeout_s)
+                    on_point(predict_point(profile, split, arrivals, rate=rate, wave=wave))
+
+
+async def _refactored(handle: AsyncHandle, num_stages: int) -> dict[str, Any]:
+    status = await handle.status()
+    if status["layout"]["num_stages"] != num_stages:
+        record = await (await handle.refactor(stages=num_stages, reason="bench model")).wait()
+        if record.error is not None:
+            raise ConfigError(f"the server did not get to {num_stages} stages: {record.error}")
+        status = await handle.status()
+    return status
+
+
+async def _warm_up(target: Target, builder: PromptBuilder, load: Load, *, seed: Sequence[int]) -> None:
+    arrivals = [Arrival(0.0, load.num_prompt_tokens, _WARM_UP_TOKENS)] * _NUM_WARM_UP
+    prompts = build_prompts(builder, arrivals, seed=seed, ids=False)
+    wave = await run_wave(target, arrivals, prompts, concurrency=2, timeout_s=load.timeout_s)
+    for request in wave.requests:
+        if request.error is not None:
+            raise ConfigError(f"a warm-up request to {target.url} failed: {request.error}")
