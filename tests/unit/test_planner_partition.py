@@ -5,7 +5,7 @@ from itertools import combinations, pairwise, product
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planner_cases import MIB, make_device, make_profile
+from made_up_models import MIB, make_device, make_profile
 
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.planner.ladder import nested_ladder
