@@ -8,23 +8,25 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from flexpipe_serve.engine.client import ModelCard
+from flexpipe_serve.engine.fleet_memory import PipelineUse
 from flexpipe_serve.engine.outputs import SequenceOutput
-from flexpipe_serve.engine.request import Sequence as EngineSequence
+from flexpipe_serve.engine.pipeline_memory import PipelineMemory
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scheduler import Scheduler
 from flexpipe_serve.engine.scheduler_config import SchedulerConfig
-from flexpipe_serve.engine.stage_status import describe_stage
+from flexpipe_serve.engine.stage_status import describe_pipeline
 from flexpipe_serve.engine.step_loop import StepLoop
-from flexpipe_serve.engine.stream import RequestStream
+from flexpipe_serve.engine.stream import make_stream
 from flexpipe_serve.errors import ConfigError, EngineUnavailableError, RefactorBusyError, RefactorRefusedError
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.model.tokenizer import ModelTokenizer
+from flexpipe_serve.pipeline.budget import DomainUse
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.pipeline import Pipeline
 from flexpipe_serve.pipeline.stage_types import StageReport
@@ -60,6 +62,8 @@ class Engine:
         weights: bytes of the model, to tell whether a refactoring fits.
         num_cores: CPU cores that the stages share.
         sign_of_life_s: interval in which stages hear from the Router.
+        arrivals: of the schedulers of one fleet, see Scheduler.
+        on_down: called in the control thread when the pipeline cannot serve for a while; requests may be handed over.
     """
 
     def __init__(
@@ -74,14 +78,19 @@ class Engine:
         weights: ModelWeights,
         num_cores: int,
         sign_of_life_s: float = 2.0,
+        arrivals: Iterator[int] | None = None,
+        on_down: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self._metrics = metrics
         self._pipeline = make_pipeline(self._on_stage_lost)
-        scheduler = Scheduler(scheduler_config, num_blocks=1, block_size=block_size)
+        scheduler = Scheduler(scheduler_config, num_blocks=1, block_size=block_size, arrivals=arrivals)
         self._block_size = block_size
         self._loop = StepLoop(self._pipeline, scheduler, metrics, num_cores=num_cores)
+        self._memory = PipelineMemory(self._pipeline, self._loop)
+        self._is_resizing = False
+        self._on_down = on_down
         self._control = ThreadPoolExecutor(1, thread_name_prefix="flexpipe-control")
         self._stopping = threading.Event()
         self._sign_of_life_s = sign_of_life_s
@@ -92,8 +101,6 @@ class Engine:
         )
         self._wanted: _Wanted | None = None
         self._unavailable: str | None = "the pipeline has not started."
-        self.config_error: str | None = None
-        """Why the latest change of the configuration was refused; shown in the status."""
 
     # ------------------------------------------------------------------ for clients
 
@@ -107,29 +114,25 @@ class Engine:
         priority: int = 0,
     ) -> AsyncIterator[SequenceOutput]:
         """See EngineClient.generate. While the pipeline is rebuilt requests wait, up to the queue's limit."""
-        if self._stopping.is_set() or self._pipeline.layout is None:
+        if not self.accepts:
             await self.check_health()
-        sequences = [
-            EngineSequence(
-                request_id=request_id,
-                prompt_token_ids=prompt_token_ids,
-                params=params,
-                index=index,
-                priority=priority,
-                eos_token_ids=self.model.eos_token_ids,
-                arrival_time=time.monotonic(),
-            )
-            for index in range(n)
-        ]
-        stream = RequestStream(sequences, backend=self.tokenizer.backend)
+        stream = make_stream(
+            request_id=request_id,
+            prompt_token_ids=prompt_token_ids,
+            params=params,
+            n=n,
+            priority=priority,
+            eos_token_ids=self.model.eos_token_ids,
+            backend=self.tokenizer.backend,
+            now=time.monotonic(),
+        )
         added = self._loop.add(stream)
         try:
             await asyncio.wrap_future(added)
             async for output in stream:
                 yield output
         finally:
-            if not stream.is_over:
-                self._loop.abort(stream)
+            stream.leave()
 
     async def check_health(self) -> None:
         """Raises EngineUnavailableError unless a request could be served now."""
@@ -138,44 +141,16 @@ class Engine:
 
     def status(self) -> dict[str, Any]:
         """The body of ``GET /flexpipe/status``."""
-        stats = self._loop.scheduler.stats()
-        layout = self._pipeline.layout
-        stages = layout.stages if layout else ()
-        reports = self._reports
-        return {
-            "model": self.model.name,
-            "state": "serving" if self._unavailable is None else "unavailable",
-            "reason": self._unavailable,
-            "config_error": self.config_error,
-            "epoch": self._pipeline.epoch,
-            "layout": {
-                "num_layers": layout.num_layers if layout else 0,
-                "num_stages": layout.num_stages if layout else 0,
-                "boundaries": list(layout.boundaries) if layout else [],
-            },
-            "stages": [describe_stage(reports[name]) for name in stages if name in reports],
-            "warm_stages": [describe_stage(report) for name, report in reports.items() if name not in stages],
-            "kv": {
-                "block_size": self._block_size,
-                "num_blocks": stats.num_blocks,
-                "num_used_blocks": stats.num_used_blocks,
-                "num_cached_blocks": stats.num_cached_blocks,
-                "num_free_blocks": stats.num_free_blocks,
-                "max_tokens": stats.num_blocks * self._block_size,
-                "use": round(stats.num_used_blocks / max(1, stats.num_blocks), 4),
-            },
-            "queue": {
-                "num_running": stats.num_running,
-                "num_waiting": stats.num_waiting,
-                "num_steps_in_flight": stats.num_steps_in_flight,
-                "num_preemptions": stats.num_preemptions,
-            },
-            "prefix_cache": {
-                "num_prompt_tokens": stats.num_prompt_tokens,
-                "num_hit_tokens": stats.num_prefix_hit_tokens,
-            },
-            "metrics": self._metrics.snapshot(),
-        }
+        return describe_pipeline(
+            layout=self._pipeline.layout,
+            epoch=self._pipeline.epoch,
+            reports=self._reports,
+            stats=self._loop.scheduler.stats(),
+            block_size=self._block_size,
+            unavailable=self._unavailable,
+            model=self.model.name,
+            metrics=self._metrics.snapshot(),
+        )
 
     async def refactor(self, request: RefactorRequest) -> RefactorRecord:
         """See EngineClient.refactor."""
@@ -197,6 +172,62 @@ class Engine:
     def events(self) -> list[dict[str, Any]]:
         """See EngineClient.events."""
         return list(self._events)
+
+    # ------------------------------------------------------------------ for a fleet
+
+    @property
+    def is_up(self) -> bool:
+        """Whether a request could be served now."""
+        return self._unavailable is None
+
+    @property
+    def accepts(self) -> bool:
+        """Whether requests may come, perhaps to wait until the pipeline is up again."""
+        return not self._stopping.is_set() and self._pipeline.layout is not None
+
+    @property
+    def loop(self) -> StepLoop:
+        """The engine thread: its requests, its scheduler."""
+        return self._loop
+
+    def launch(self, layout: Layout) -> PipelineUse:
+        """Start empty stages, for ``start``. See PipelineMemory.launch."""
+        return self._control.submit(self._memory.launch, layout).result()
+
+    def memory_use(self) -> PipelineUse:
+        """See PipelineMemory.use."""
+        return self._control.submit(self._memory.use).result()
+
+    def domain_use(self, domain: str) -> DomainUse:
+        """See PipelineMemory.domain_use."""
+        return self._memory.domain_use(domain, self._reports)
+
+    def resize_kv(self, budgets: Mapping[str, int]) -> None:
+        """Have as much KV as these budgets, in bytes by domain, allow; those not named stay.
+
+        Raises:
+            RefactorBusyError: a refactoring runs; it is done with the next one.
+            RefactorRefusedError, KVMemoryError, EngineUnavailableError: see PipelineMemory.resize.
+        """
+        use = self._control.submit(self._begin_resizing).result()
+        try:
+            num_blocks = self._memory.resize(use, {**use.budgets, **budgets})
+        finally:
+            self._control.submit(self._end_resizing).result()
+        self._note("kv_resized", f"{num_blocks} KV blocks.")
+
+    def _begin_resizing(self) -> PipelineUse:
+        if self._refactorings.is_running:
+            raise RefactorBusyError("A refactoring is running; wait or cancel it.")
+        use = self._memory.use()
+        self._is_resizing = True
+        return use
+
+    def _end_resizing(self) -> None:
+        self._is_resizing = False
+        with contextlib.suppress(EngineUnavailableError):
+            self._reports = self._pipeline.reports()
+        self._pursue()
 
     # ------------------------------------------------------------------ control
 
@@ -254,12 +285,14 @@ class Engine:
         self._loop.stop("the server is shutting down.")
         self._control.submit(self._pipeline.stop).result()
         self._control.shutdown()
+        self._metrics.end()
 
     def _bring_up(self, layout: Layout) -> int:
         """Start the layout from nothing but tokens. Returns how many sequences are replayed."""
-        num_blocks = self._pipeline.start(layout)
-        self._reports = self._pipeline.reports()
-        num_replayed = self._loop.resume(depth=self._pipeline.depth(layout), num_blocks=num_blocks).result()
+        with self._memory.changing:
+            num_blocks = self._pipeline.start(layout)
+            self._reports = self._pipeline.reports()
+            num_replayed = self._loop.resume(depth=self._pipeline.depth(layout), num_blocks=num_blocks).result()
         self._unavailable = None
         return num_replayed
 
@@ -270,6 +303,8 @@ class Engine:
 
     def _rebuild(self, layout: Layout, reason: str) -> None:
         """Bring the pipeline up again, however often it takes; requests wait meanwhile."""
+        self._unavailable = reason
+        self._on_down()
         while not self._stopping.is_set():
             self._unavailable = reason
             try:
@@ -336,6 +371,8 @@ class Engine:
             wanted.future.set_exception(ConfigError(str(error)))
 
     def _start_refactoring(self, request: RefactorRequest) -> RefactorRecord:
+        if self._is_resizing and not request.dry_run:
+            raise RefactorBusyError("The KV is being resized, for pipelines come or go; wait for that.")
         record = self._refactorings.start(request)
         if not record.is_over:
             old, new = record.plan.old, record.plan.new

@@ -1,10 +1,13 @@
-"""A stage in the status."""
+"""Pipelines and stages in the status."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
+from flexpipe_serve.engine.scheduler_config import SchedulerStats
+from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.stage_types import StageReport
 
 
@@ -26,4 +29,58 @@ def describe_stage(report: StageReport) -> dict[str, Any]:
         "host_cache": None if report.host_cache is None else asdict(report.host_cache),
         "num_steps": report.num_steps,
         "busy_seconds": round(report.busy_seconds, 3),
+    }
+
+
+def describe_pipeline(
+    *,
+    layout: Layout | None,
+    epoch: int,
+    reports: Mapping[str, StageReport],
+    stats: SchedulerStats,
+    block_size: int,
+    unavailable: str | None,
+    model: str,
+    metrics: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The pipeline's entry in ``GET /flexpipe/status``.
+
+    Args:
+        reports: the latest of its stages, by name.
+        unavailable: why it cannot serve now; None: it serves.
+        metrics: their snapshot.
+    """
+    stages = layout.stages if layout else ()
+    return {
+        "model": model,
+        "state": "serving" if unavailable is None else "unavailable",
+        "reason": unavailable,
+        "epoch": epoch,
+        "layout": {
+            "num_layers": layout.num_layers if layout else 0,
+            "num_stages": layout.num_stages if layout else 0,
+            "boundaries": list(layout.boundaries) if layout else [],
+        },
+        "stages": [describe_stage(reports[name]) for name in stages if name in reports],
+        "warm_stages": [describe_stage(report) for name, report in reports.items() if name not in stages],
+        "kv": {
+            "block_size": block_size,
+            "num_blocks": stats.num_blocks,
+            "num_used_blocks": stats.num_used_blocks,
+            "num_cached_blocks": stats.num_cached_blocks,
+            "num_free_blocks": stats.num_free_blocks,
+            "max_tokens": stats.num_blocks * block_size,
+            "use": round(stats.num_used_blocks / max(1, stats.num_blocks), 4),
+        },
+        "queue": {
+            "num_running": stats.num_running,
+            "num_waiting": stats.num_waiting,
+            "num_steps_in_flight": stats.num_steps_in_flight,
+            "num_preemptions": stats.num_preemptions,
+        },
+        "prefix_cache": {
+            "num_prompt_tokens": stats.num_prompt_tokens,
+            "num_hit_tokens": stats.num_prefix_hit_tokens,
+        },
+        "metrics": metrics,
     }

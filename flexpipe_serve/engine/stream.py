@@ -13,6 +13,7 @@ from flexpipe_serve.engine.detokenizer import IncrementalDetokenizer
 from flexpipe_serve.engine.outputs import SequenceOutput, TokenLogprob
 from flexpipe_serve.engine.request import Sequence as EngineSequence
 from flexpipe_serve.engine.request import SequenceUpdate
+from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.pipeline.messages import LogprobResult, ResultHeader
 
 
@@ -90,6 +91,33 @@ class SequenceText:
         for result in results:
             token = int(self.sequence.tokens[len(self._prompt_logprobs)])
             self._prompt_logprobs.append(_token_logprob(token, result))
+
+
+def make_stream(
+    *,
+    request_id: str,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    n: int,
+    priority: int,
+    eos_token_ids: Sequence[int],
+    backend: Tokenizer,
+    now: float,
+) -> RequestStream:
+    """A request of ``n`` sequences, not given to anybody yet; its client is in the event loop that runs."""
+    sequences = [
+        EngineSequence(
+            request_id=request_id,
+            prompt_token_ids=prompt_token_ids,
+            params=params,
+            index=index,
+            priority=priority,
+            eos_token_ids=eos_token_ids,
+            arrival_time=now,
+        )
+        for index in range(n)
+    ]
+    return RequestStream(sequences, backend=backend)
 
 
 class StreamHome(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from flexpipe_serve.kv.capacity import StageFootprint, max_blocks
@@ -12,6 +12,14 @@ from flexpipe_serve.pipeline.stage_types import StageReport
 CPU_SHARE = 0.6
 """Of the free memory of a node, taken where no budget is given."""
 GPU_SHARE = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainUse:
+    """What pipelines have of one domain."""
+
+    budget_bytes: int = 0
+    held_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +33,22 @@ class KVBudget:
     """One block of one layer."""
     max_blocks: int
     """Upper limit beside the budget."""
+    others: Callable[[str], DomainUse] = lambda domain: DomainUse()
+    """What other pipelines of the application have of a domain."""
 
     def domain_bytes(self, report: StageReport, *, free_bytes: int) -> int:
-        """Budget of the domain of ``report``.
+        """Budget of the domain of ``report``: what other pipelines leave of it.
 
         Args:
-            free_bytes: what would be free there without our stages.
+            free_bytes: what would be free there without this pipeline's stages.
         """
+        others = self.others(report.domain)
         given = self.budget_bytes
         if isinstance(given, Mapping):
             given = given.get(report.domain, given.get(report.name))
         share = CPU_SHARE if report.device == "cpu" else GPU_SHARE
-        return given if given is not None else int(share * free_bytes)
+        total = given if given is not None else int(share * (free_bytes + others.held_bytes))
+        return max(0, total - others.budget_bytes)
 
 
 def domain_budgets(reports: Iterable[StageReport], budget: KVBudget) -> dict[str, int]:
