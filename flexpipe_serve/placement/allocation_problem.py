@@ -69,12 +69,12 @@ class Problem:
             for i, k in pairwise(members):
                 self.neighbours[i].append(k)
                 self.neighbours[k].append(i)
-        # Columns node, rack, zone, each unique in the cluster: hops count the columns in which two devices differ.
+        # Rows node, rack, zone, each unique in the cluster: hops count the rows in which two devices differ.
         nodes = [topology.node(device.node) for device in devices]
         places = [(n.name, f"{n.zone}/{n.rack}", n.zone) for n in nodes]
-        self.place: _Ints = np.array(
-            [np.unique(np.array(names), return_inverse=True)[1] for names in zip(*places, strict=True)], dtype=np.int64
-        ).T
+        names = [np.unique(np.array(level), return_inverse=True)[1] for level in zip(*places, strict=True)]
+        self.place: _Ints = np.array(names, dtype=np.int64)
+        self._hop_costs: dict[int, Floats] = {}
         speed = np.array([device.speed for device in devices])
         self.rate: Floats = np.array([demand.rate for demand in demands])[:, None] * speed
         """[i, j]: requests a second (T of Eq 6)."""
@@ -99,10 +99,11 @@ class Problem:
         self.alone: Floats = self.throughput + self.stay + self.congestion + self.affinity
         """[i, j]: their sum."""
 
-    def hops(self, j: int) -> _Ints:
-        """Levels between device ``j`` and each device."""
-        hops: _Ints = (self.place != self.place[j]).sum(axis=1)
-        return hops
+    def hop_costs(self, j: int) -> Floats:
+        """Of the levels between device ``j`` and each device."""
+        if j not in self._hop_costs:
+            self._hop_costs[j] = self.weights.hop * (self.place != self.place[:, [j]]).sum(axis=0)
+        return self._hop_costs[j]
 
 
 def _affinities(hostings: Collection[Hosting], devices: Sequence[Device], *, at: float) -> list[float]:
@@ -151,7 +152,7 @@ class Solution:
         gains -= weights.fit / p.unit * left
         for k in p.neighbours[i]:
             if self.at[k] != NOWHERE:
-                gains -= weights.hop * p.hops(self.at[k])
+                gains -= p.hop_costs(self.at[k])
         possible = p.allowed[i] & (self._free[domain] >= need)
         if p.anti_affinity:
             possible &= self._num_of_model[p.model[i]] == 0
@@ -217,13 +218,13 @@ class Solution:
         p, at = self.problem, np.array(self.at)
         rows = np.arange(len(at))
         is_shared = p.is_shared | (self._num_on > 1)
-        num_hops = sum(p.hops(self.at[i])[self.at[k]] for i in rows for k in p.neighbours[i] if k > i)
+        hops = sum(p.hop_costs(self.at[i])[self.at[k]] for i in rows for k in p.neighbours[i] if k > i)
         return ScoreTerms(
             throughput=float(p.throughput[rows, at].sum()),
             sharing=float(-(p.gamma * is_shared[at]).sum()),
             fit=float(-p.weights.fit / p.unit * self._free[self._num_in_domain > 0].sum()),
             congestion=float(p.congestion[rows, at].sum()),
             affinity=float(p.affinity[rows, at].sum()),
-            hop=float(-p.weights.hop * num_hops),
+            hop=float(-hops),
             stay=float(p.stay[rows, at].sum()),
         )

@@ -10,13 +10,17 @@ import numpy as np
 import numpy.typing as npt
 
 from flexpipe_serve.placement.allocation_problem import NOWHERE, Floats, Problem, Solution
+from flexpipe_serve.placement.assignment import assign
 
 EXACT_LIMIT = 2000
 """Up to so many ways of placing the stages, leaving out that they exclude each other, all are tried."""
 _MAX_FLOORS = 32
 _EPSILON = 1e-9
+_FORBIDDEN = -1e6
+"""Far below any score."""
 
-_Worth = Callable[[Solution, int], Floats]
+_Worth = Callable[[Solution, Floats], Floats]
+"""What each device is worth to a stage, given what placing it there gains."""
 
 
 def is_small(problem: Problem) -> bool:
@@ -64,6 +68,7 @@ def search(problem: Problem, current: Sequence[int]) -> Solution:
     starts = [
         _greedy(problem, _largest_first(problem), _most_valued),
         _greedy(problem, range(len(current)), _most_valued),
+        _one_each(problem),
     ]
     if NOWHERE not in current:
         starts.append(_as_it_is(problem, current))
@@ -84,13 +89,32 @@ def _largest_first(problem: Problem) -> list[int]:
     return [int(i) for i in np.argsort(-problem.need, kind="stable")]
 
 
-def _most_valued(solution: Solution, i: int) -> Floats:
-    return solution.gains(i)
+def _one_each(problem: Problem) -> Solution:
+    """Each stage alone on a device, in the best way but for hops and balance; as many as can stay with these limits."""
+    solution = Solution(problem)
+    num_stages, num_devices = problem.allowed.shape
+    if num_devices < num_stages:
+        return solution
+    values = problem.alone - problem.gamma[:, None] * problem.is_shared
+    values -= problem.weights.fit / problem.unit * (problem.free[problem.domain] - problem.need[:, None])
+    values[~problem.allowed] = _FORBIDDEN
+    # As many devices as there are stages are enough for each of them to choose from.
+    columns = np.unique(np.argpartition(-values, num_stages - 1, axis=1)[:, :num_stages])
+    for i, column in enumerate(assign((-values[:, columns]).tolist())):
+        j = int(columns[column])
+        gain = solution.gains(i)[j]
+        if gain > -np.inf:
+            solution.put(i, j, gain)
+    return solution
 
 
-def _tightest(solution: Solution, i: int) -> Floats:
+def _most_valued(_: Solution, gains: Floats) -> Floats:
+    return gains
+
+
+def _tightest(solution: Solution, gains: Floats) -> Floats:
     """Best fit: packs most, whatever it scores."""
-    return np.where(solution.gains(i) > -np.inf, -solution.free_bytes, -np.inf)
+    return np.where(gains > -np.inf, -solution.free_bytes, -np.inf)
 
 
 def _greedy(problem: Problem, order: Sequence[int], worth: _Worth) -> Solution:
@@ -114,10 +138,11 @@ def _greedy(problem: Problem, order: Sequence[int], worth: _Worth) -> Solution:
 
 def _place(solution: Solution, order: Sequence[int], worth: _Worth, mask: npt.NDArray[np.bool_]) -> None:
     for i in order:
-        values = np.where(mask[i], worth(solution, i), -np.inf)
+        gains = solution.gains(i)
+        values = np.where(mask[i], worth(solution, gains), -np.inf)
         j = int(np.argmax(values))
         if values[j] > -np.inf:
-            solution.put(i, j, solution.gains(i)[j])
+            solution.put(i, j, gains[j])
 
 
 def _floors(problem: Problem, members: Sequence[int]) -> list[float]:
@@ -188,13 +213,13 @@ def _promise_of_swaps(solution: Solution) -> Floats:
     there = p.alone[:, at]
     """[i, k]: of stage i at the place of k."""
     is_shared = p.is_shared[at]
-    hops = np.array([p.hops(j)[at] for j in at])
+    hops = np.array([p.hop_costs(j)[at] for j in solution.at])
     is_neighbour = np.zeros(hops.shape)
     for i, others in enumerate(p.neighbours):
         is_neighbour[i, others] = 1
-    cost = there - p.gamma[:, None] * is_shared - p.weights.hop * (is_neighbour @ hops)
+    cost = there - p.gamma[:, None] * is_shared - is_neighbour @ hops
     gain = cost - cost.diagonal()[:, None]
     # The distance between neighbours stays the same; the sums above have it shrink to nothing.
-    promise: Floats = gain + gain.T - 2 * p.weights.hop * is_neighbour * hops
+    promise: Floats = gain + gain.T - 2 * is_neighbour * hops
     promise[~(p.allowed[:, at] & p.allowed[:, at].T)] = -np.inf
     return promise

@@ -1,6 +1,5 @@
 """Allocations obey their limits and score best; refusals are right and say why."""
 
-import math
 import time
 from itertools import pairwise, product
 
@@ -13,6 +12,7 @@ from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.placement.affinity import AffinityWeights, Hosting, affinity
 from flexpipe_serve.placement.allocation import Allocation, AllocationWeights, Deadline, Refusal, StageDemand
 from flexpipe_serve.placement.allocator import allocate
+from flexpipe_serve.placement.assignment import assign
 from flexpipe_serve.placement.resource_graph import ResourceGraph, path_of
 from flexpipe_serve.placement.topology import Device, DeviceKind, Node, Topology
 
@@ -198,9 +198,11 @@ def test_on_devices_of_their_own_stages_are_refused_only_if_there_is_no_way(size
     assert fits or answer.is_proven
 
 
-def test_local_search_comes_near_the_optimum(monkeypatch):
-    """On cases that can be enumerated, with the enumeration switched off."""
+@pytest.mark.parametrize(("hop", "mean", "worst"), [(0.0, 1 - 1e-9, 1 - 1e-9), (0.05, 0.995, 0.95)])
+def test_local_search_comes_near_the_optimum(monkeypatch, hop, mean, worst):
+    """On cases that can be enumerated, with the enumeration switched off; without hops it finds the best."""
     rng = np.random.default_rng(5)
+    weights = AllocationWeights(hop=hop)
     ratios = []
     for _ in range(25):
         devices = [
@@ -208,16 +210,16 @@ def test_local_search_comes_near_the_optimum(monkeypatch):
             for j in range(6)
         ]
         demands = stages(*(int(size) for size in rng.integers(5, 21, size=4)))
-        exact = allocate(topology(*devices), demands, at=AT)
+        exact = allocate(topology(*devices), demands, at=AT, weights=weights)
         with monkeypatch.context() as patch:
             patch.setattr("flexpipe_serve.placement.allocation_search.EXACT_LIMIT", 0)
-            found = allocate(topology(*devices), demands, at=AT)
+            found = allocate(topology(*devices), demands, at=AT, weights=weights)
         assert exact.is_exact
         assert not found.is_exact
         assert found.terms.total <= exact.terms.total + 1e-9
         ratios.append(found.terms.total / exact.terms.total)
-    assert np.mean(ratios) > 0.99
-    assert min(ratios) > 0.93
+    assert np.mean(ratios) >= mean
+    assert min(ratios) >= worst
 
 
 # ---------------------------------------------------------------- one thing at a time
@@ -339,19 +341,28 @@ def test_refusals_have_numbers():
         allocate(top, [*stages(1), *stages(1)], at=AT)
 
 
-def test_82_devices_and_32_stages_take_milliseconds():
+def test_82_devices_and_32_stages():
     rng = np.random.default_rng(1)
     devices = [
-        device(f"d{j}", f"n{j // 4}", total=1600, free=int(rng.integers(100, 1601)), speed=float(rng.choice([1, 2])))
+        device(f"d{j}", f"n{j // 4}", total=1600, free=int(rng.integers(100, 1600)), speed=float(rng.choice([1, 2])))
         for j in range(82)
     ]
     top = topology(*devices, **{f"n{k}": {"rack": str(k // 8)} for k in range(21)})
-    sizes = [int(size) for size in rng.integers(100, 500, size=32)]
+    demands = stages(*(int(size) for size in rng.integers(100, 500, size=32)))
     times = []
     for _ in range(3):
-        start = time.perf_counter()
-        answer = allocate(top, stages(*sizes), at=AT)
-        times.append(time.perf_counter() - start)
+        start = time.process_time()
+        answer = allocate(top, demands, at=AT)
+        times.append(time.process_time() - start)
     assert isinstance(answer, Allocation)
-    assert math.isfinite(answer.terms.total)
-    assert min(times) < 0.5  # some 20 ms on a quiet machine: see scripts/bench_placement
+    assert len(set(answer.devices)) == 32
+    assert min(times) < 0.2  # some 20 ms on a quiet machine: see scripts/bench_placement
+    # Without hops it is an assignment problem, and solved as such: all devices are shared, so speed and fit decide.
+    costs = [
+        [0.5 * (d.free_bytes - s.memory_bytes) / 1600 - d.speed / 2 if d.free_bytes >= s.memory_bytes else 1e3
+         for d in devices]
+        for s in demands
+    ]  # fmt: skip
+    least = sum(line[j] for line, j in zip(costs, assign(costs), strict=True))
+    answer = allocate(top, demands, at=AT, weights=AllocationWeights(hop=0.0))
+    assert answer.terms.throughput + answer.terms.fit == pytest.approx(-least)
