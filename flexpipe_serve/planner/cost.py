@@ -1,0 +1,63 @@
+"""What it costs those who are being served when a pipeline changes: pure code."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flexpipe_serve.planner.latency import TOKEN_BUDGET, SplitModel
+from flexpipe_serve.planner.profile import StepShape
+from flexpipe_serve.planner.transition import Transition
+from flexpipe_serve.planner.types import Demand, PlannerState
+
+SLOWDOWN = 0.05
+"""Of every request's latency while a refactoring runs; PipeLive's decoding lost as much."""
+_BUSY_SHARE = 0.04
+"""Of a core, that loading keeps to while the cores are wanted."""
+_START_S = 4.0
+"""Until a stage's process that has to be started can load."""
+
+
+class Cost(NamedTuple):
+    """Of getting there."""
+
+    cost_s: float
+    """Seconds of request latency, summed over the requests that are there meanwhile."""
+    duration_s: float
+
+
+def transition_cost(
+    transition: Transition, state: PlannerState, demand: Demand, *, present: SplitModel, latency_s: float
+) -> Cost:
+    """What the transition costs under ``demand``.
+
+    Everybody is slower by ``SLOWDOWN`` while it runs, waits longer where the KV shrinks meanwhile, and the sequences of
+    a pipeline that ends are computed again.
+
+    Args:
+        present: the split that serves meanwhile.
+        latency_s: what a request takes there.
+    """
+    profile = present.steps.profile
+    num_running = demand.rate * latency_s
+    load_share = 1 - (1 - _BUSY_SHARE) * min(1.0, num_running)
+    copied_bytes = transition.num_copied_layers * profile.kv_bytes_per_token * state.num_kv_tokens_in_use
+    duration_s = (
+        (_START_S if transition.num_started else 0.0)
+        + transition.load_s / load_share
+        + copied_bytes / state.migration_bytes_per_s
+    )
+    extra_s = SLOWDOWN * latency_s
+    if duration_s > 0 and present.num_places and transition.num_kv_tokens < present.num_kv_tokens:
+        shrunk = SplitModel(present.steps, demand, max_kv_tokens=transition.num_kv_tokens)
+        longer_s = shrunk.latency_over(demand, duration_s) - present.latency_over(demand, duration_s)
+        extra_s += min(max(0.0, longer_s), duration_s)
+    cost_s = demand.rate * duration_s * extra_s
+    if transition.share_replayed:
+        num_chunks = transition.share_replayed * state.num_kv_tokens_in_use / TOKEN_BUDGET
+        chunk = StepShape(
+            num_tokens=TOKEN_BUDGET, num_samples=1, num_pairs=TOKEN_BUDGET * (demand.prompt_tokens + TOKEN_BUDGET) / 2
+        )
+        pass_s, _ = present.steps.at(chunk)
+        # They wait for each other: half of all chunks, on average.
+        cost_s += transition.share_replayed * demand.num_running * num_chunks * pass_s / 2
+    return Cost(cost_s, duration_s)
