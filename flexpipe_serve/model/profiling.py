@@ -84,7 +84,7 @@ def profile_model(
         raise ConfigError("the device is 'cuda', but torch finds no CUDA device; measure on 'cpu'.")
     spec = load_spec(path)
     on_progress("loading", 0.0)
-    setup = _setup(spec, dtype=dtype, device=device)
+    setup = make_setup(spec, dtype=dtype, device=device)
     with ProbedStage(spec, setup, num_threads=num_threads) as stage:
         on_progress("steps", 0.1)
         probes, held_out = make_probes(spec, num_layers=stage.num_layers)
@@ -201,7 +201,7 @@ class ProbedStage:
     def __init__(self, spec: ModelSpec, setup: StageSetup, *, num_threads: int) -> None:
         self._spec = spec
         self._num_threads = num_threads
-        self.num_layers = _num_held(spec, setup.dtype)
+        self.num_layers = num_held_layers(spec, setup.dtype)
         self._block_size = setup.block_size
         self._computer = StepComputer(setup)
         self._folder = DomainFolder(setup.domain_key)
@@ -322,7 +322,8 @@ def _measured(probe: Probe, seconds: float) -> MeasuredStep:
     )
 
 
-def _setup(spec: ModelSpec, *, dtype: str, device: str) -> StageSetup:
+def make_setup(spec: ModelSpec, *, dtype: str, device: str) -> StageSetup:
+    """Of the stages that are measured."""
     backend = get_attention_backend("auto", device=torch.device(device), dtype=getattr(torch, dtype))
     return StageSetup(
         name="profile",
@@ -339,8 +340,8 @@ def _setup(spec: ModelSpec, *, dtype: str, device: str) -> StageSetup:
     )
 
 
-def _num_held(spec: ModelSpec, dtype: str) -> int:
-    """Layers from the first one on that are measured together: enough not to fit into caches."""
+def num_held_layers(spec: ModelSpec, dtype: str) -> int:
+    """How many layers from the first one on that are measured together: enough not to fit into caches."""
     total = 0
     for layer in range(spec.num_layers):
         total += spec.layer_bytes(layer, dtype)
