@@ -13,6 +13,7 @@ from flexpipe_serve.bench.client import Target
 from flexpipe_serve.bench.identity import Difference, find_difference
 from flexpipe_serve.bench.load import SteadyLoad, StreamRecord, find_stalled
 from flexpipe_serve.bench.memory import LocalMemory
+from flexpipe_serve.bench.ties import look_up
 from flexpipe_serve.bench.tour import Boundaries, Step
 from flexpipe_serve.bench.trial import Trial, refactoring_window
 from flexpipe_serve.bench.wave import run_wave
@@ -175,7 +176,13 @@ class Session:
             found = (find_difference(s.prompt, s.pieces, self.reference[s.prompt]) for s in section.streams)
             section.differences = [difference for difference in found if difference is not None]
         for index, difference in enumerate(section.differences[:_MAX_LOOKED_UP]):
-            section.differences[index] = await self._look_up(difference)
+            section.differences[index] = await look_up(
+                difference,
+                handle=self.handle,
+                model=self._target.model,
+                prompt=self._prompts[difference.prompt],
+                num_tokens=self._plan.num_tokens,
+            )
 
     async def run(self, steps: Sequence[Step], *, mode: str, round_index: int, rest_s: float) -> None:
         """Measures each step, with a window at rest before and behind it."""
@@ -258,23 +265,6 @@ class Session:
         finally:
             if sampling is not None:
                 sampling.cancel()
-
-    async def _look_up(self, difference: Difference) -> Difference:
-        """How close the two best tokens were where a stream left its reference."""
-        body = {
-            "model": self._target.model,
-            "prompt": self._prompts[difference.prompt],
-            "max_tokens": self._plan.num_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "logprobs": 2,
-        }
-        answer = await self.handle.call("POST", "/v1/completions", dict[str, Any], body)
-        logprobs = answer["choices"][0]["logprobs"]
-        # The last token that begins at or before the character.
-        index = max(i for i, offset in enumerate(logprobs["text_offset"]) if offset <= difference.char)
-        best, second = sorted(logprobs["top_logprobs"][index].values(), reverse=True)[:2]
-        return replace(difference, logprob_gap=best - second)
 
 
 def describe(step: Step, record: RefactorRecord) -> str:

@@ -1,8 +1,10 @@
 """A server of the benchmark's own: ``flexpipe serve`` in a process tree that is gone afterwards."""
 
+import asyncio
 import contextlib
 import copy
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +24,7 @@ from flexpipe_serve.errors import ConfigError
 _COMMAND = "import sys; from flexpipe_serve.cli import main; sys.exit(main(sys.argv[1:]))"
 _READY_S = 300.0
 _STOP_S = 30.0
+_DEPLOY_S = 60.0
 _POLL_S = 0.25
 
 
@@ -45,12 +48,18 @@ def adapt_config(
     app = adapted["applications"][0]
     app["args"] = _merge(app.get("args") or {}, args)
     deployments = app.setdefault("deployments", [])
-    router = next((each for each in deployments if each.get("name") == "Router"), None)
-    if router is None:
-        router = {"name": "Router"}
-        deployments.append(router)
+    if not any(each.get("name") == "Router" for each in deployments):
+        deployments.append({"name": "Router"})
+    router = router_of(adapted)
     router["user_config"] = _merge(router.get("user_config") or {}, user_config)
     return adapted
+
+
+def router_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The Router deployment of a configuration that has one."""
+    (app,) = config["applications"]
+    router: dict[str, Any] = next(each for each in app["deployments"] if each["name"] == "Router")
+    return router
 
 
 def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +103,50 @@ def running_server(config: Mapping[str, Any], *, log: Path) -> Iterator[str]:
             yield url
         finally:
             _stop(process)
+
+
+async def deploy(config: Mapping[str, Any], *, url: str, log: Path) -> None:
+    """What ``serve deploy`` does, on a server of :func:`running_server`; returns when the configuration is in force,
+    though a layout that it asks for may take longer.
+
+    Args:
+        config: the one that was served, with another ``user_config``.
+        url: of the server.
+        log: of the server.
+
+    Raises:
+        ConfigError: it is refused, or not in force within a minute.
+    """
+    api = f"{await asyncio.to_thread(_dashboard, url, log)}/api/serve/applications/"
+    port = int(url.rpartition(":")[2])
+    body = {**config, "http_options": {"host": "127.0.0.1", "port": port}}
+    (app,) = config["applications"]
+    wanted = router_of(config)["user_config"]
+    deadline = time.monotonic() + _DEPLOY_S
+    async with httpx.AsyncClient(timeout=30) as client:
+        answer = await client.put(api, json=body)
+        if answer.is_error:
+            raise ConfigError(f"the server refuses the configuration: {answer.text[:300]}")
+        while time.monotonic() < deadline:
+            state = (await client.get(api)).json()["applications"][app["name"]]
+            router = state["deployments"].get("Router") or {}
+            in_force = router.get("status") == "HEALTHY" and router["deployment_config"]["user_config"] == wanted
+            if in_force and state["status"] == "RUNNING":
+                return
+            await asyncio.sleep(_POLL_S)
+    raise ConfigError(f"{url}: the configuration is not in force after {_DEPLOY_S:.0f} s; see {log}")
+
+
+def _dashboard(url: str, log: Path) -> str:
+    """Where the server's Ray listens: it says so a moment after it answers requests."""
+    deadline = time.monotonic() + _DEPLOY_S
+    while time.monotonic() < deadline:
+        text = log.read_text(errors="replace")
+        found = re.search(rf"at {re.escape(url)}/v1 after .*?dashboard (http\S+)", text, re.DOTALL)
+        if found:
+            return found[1]
+        time.sleep(_POLL_S)
+    raise ConfigError(f"the server at {url} does not say where its dashboard is; see {log}")
 
 
 def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:

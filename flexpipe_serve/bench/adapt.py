@@ -1,0 +1,272 @@
+"""``flexpipe bench adapt``: does it pay to change the pipeline with the load?
+
+For each trace the same requests, in the same order, are sent to one server as each of
+
+* a static pipeline of 1, 2, 3 stages (--stages),
+* the planner with FlexPipe's policy, and with the gated one (--policies), both from --start stages on,
+
+one after the other, and --repeats times over, every second time in reverse. Between two runs the server is brought to
+the next one's layout and comes to rest. The prefix cache is off, for the requests are the same every time.
+
+The load suits the machine: before a trace's runs each static layout is measured with the trace's lengths in a closed
+loop, and the mean rate is --load times the capacity of the best one. Requests of the first --lead-in seconds count for
+no variant: a policy has seen the load when it is measured, as one that has run for hours has.
+
+A policy is judged by its mean latency against the static layout that turns out best: it may take 2 % more, or as much
+more as that layout's own slowest repetition. Goodput counts answers within --slo seconds, or within --slo-factor times
+what the request takes on an idle server. Stalls are FlexPipe's: from a response slower than 1.5 times the 25th
+percentile (of all runs, each latency in units of the request's on an idle server) to one within 1.2 times. Devices are
+what stages compute with: stages that share a node's cores are one device (see stage_cpus in the configuration).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+
+from flexpipe_serve.bench.adapt_report import TraceResult, Yardstick, render, to_json
+from flexpipe_serve.bench.adapt_run import AdaptRun, AdaptSession, Variant
+from flexpipe_serve.bench.adapt_server import (
+    add_server_arguments,
+    compare_answers,
+    make_prompts,
+    running_session,
+    settings_of,
+)
+from flexpipe_serve.bench.adapt_trace import TraceSpec, WorkloadFacts, make_workload
+from flexpipe_serve.bench.arrivals import Arrival
+from flexpipe_serve.bench.prompts import PromptBuilder
+from flexpipe_serve.bench.refactor_report import is_tie
+from flexpipe_serve.bench.report import machine
+from flexpipe_serve.bench.serve import positive_int
+from flexpipe_serve.errors import ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError
+from flexpipe_serve.model.demo import ensure_demo
+from flexpipe_serve.pipeline.layout import even_boundaries
+from flexpipe_serve.private_cluster import interruptible
+
+POLICIES = ("flexpipe", "gated")
+_CALIBRATION = 3
+"""So many requests for each place of the closed loop that measures capacity."""
+_NUM_ALONE = 6
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``flexpipe bench adapt``."""
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--stages", type=_numbers, default=(1, 2, 3), metavar="LIST", help="static ones (default 1,2,3)")
+    what.add_argument(
+        "--policies", type=policies, default=POLICIES, metavar="LIST", help="of flexpipe,gated (default: both)"
+    )
+    what.add_argument("--start", type=positive_int, default=2, metavar="N", help="stages of policies (default 2)")
+    what.add_argument("--warm-stages", type=int, default=1, metavar="N", help="empty stages kept ready (default 1)")
+    load = parser.add_argument_group("load")
+    load.add_argument(
+        "--trace",
+        action="append",
+        type=_trace,
+        metavar="TRACE",
+        help="gamma:CV, or a CSV file (arrival_s,prompt_tokens,output_tokens; .gz too): FILE or FILE@START for requests"
+        " in a row from START (s) on, FILE@START+SECONDS for a window, thinned; repeat it for several"
+        " (default: gamma:1, gamma:2, gamma:4, gamma:8)",
+    )
+    load.add_argument("--duration", type=float, default=40.0, metavar="S", help="of what counts (default 40)")
+    load.add_argument("--lead-in", type=float, default=10.0, metavar="S", help="before that (default 10)")
+    load.add_argument("--load", type=float, default=0.65, metavar="X", help="of the best capacity (default 0.65)")
+    load.add_argument("--rate", type=float, metavar="R", help="mean requests/s, instead of --load")
+    load.add_argument("--prompt-tokens", type=positive_int, default=64, metavar="N", help="mean (default 64)")
+    load.add_argument("--output-tokens", type=positive_int, default=32, metavar="N", help="mean (default 32)")
+    load.add_argument("--concurrency", type=positive_int, default=16, metavar="N", help="for capacity (default 16)")
+    load.add_argument("--slo", type=float, metavar="S", help="target of a request's latency")
+    load.add_argument("--slo-factor", type=float, default=5.0, metavar="X", help="without --slo (default 5)")
+    load.add_argument("--repeats", type=positive_int, default=1, metavar="N", help="of all variants (default 1)")
+    add_server_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the benchmark.
+
+    Returns:
+        0; 1 if a request was lost, or answered otherwise than in the first run without a tie; 2 if it cannot be
+        measured. A verdict that goes against a policy is a finding and no failure.
+    """
+    console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 200  # a log file need not fold tables to 80 columns
+    try:
+        bench = _Bench(args, console)
+        with interruptible():
+            with contextlib.suppress(KeyboardInterrupt):
+                asyncio.run(bench.run())
+            bench.write()
+        return int(not bench.is_good)
+    except (ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError) as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}")
+        return 2
+
+
+class _Bench:
+    def __init__(self, args: argparse.Namespace, console: Console) -> None:
+        self._args = args
+        self._console = console
+        self._specs: list[TraceSpec] = args.trace or [TraceSpec.parse(f"gamma:{cv}") for cv in (1, 2, 4, 8)]
+        self._builder = PromptBuilder(args.tokenizer or ensure_demo())
+        self._yardsticks: dict[str, Yardstick] = {}
+        self._results: list[TraceResult] = []
+        self._is_whole = False
+        # Before the server is started: files that are missing, and traces that are too short.
+        for spec in self._specs:
+            self._sample(spec)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether all that was asked for was done, nothing was lost, and what was said is the same."""
+        return (
+            self._is_whole
+            and not any(
+                request.error is not None
+                for result in self._results
+                for run in result.runs
+                for request in run.wave.requests
+            )
+            and all(is_tie(d.logprob_gap) for result in self._results for _, d in result.differences)
+        )
+
+    async def run(self) -> None:
+        """All traces; what was measured before an error stays."""
+        args = self._args
+        user_config = {"layout": {"stages": args.start}, "warm_stages": args.warm_stages}
+        async with running_session(args, self._builder, server_args={}, user_config=user_config) as session:
+            num_layers = (await session.handle.status())["layout"]["num_layers"]
+
+            def even(num_stages: int) -> tuple[int, ...]:
+                return tuple(even_boundaries(num_layers=num_layers, num_stages=num_stages))
+
+            statics = [Variant(f"static {num}", even(num)) for num in args.stages]
+            policies = [Variant(policy, even(args.start), policy) for policy in args.policies]
+            if policies:
+                await session.wait_for_profile(self._console.print)
+            for spec in self._specs:
+                yardstick = await self._measure(session, spec, statics)
+                await self._run_trace(session, spec, yardstick, [*statics, *policies])
+        self._is_whole = True
+
+    async def _measure(self, session: AdaptSession, spec: TraceSpec, statics: Sequence[Variant]) -> Yardstick:
+        """What the machine can do with the trace's lengths; for all Gamma traces the same."""
+        key = "" if spec.cv is not None else spec.name
+        if key in self._yardsticks:
+            return self._yardsticks[key]
+        sample = self._sample(spec)
+        prompts = make_prompts(self._builder, sample, seed=(self._args.seed, 0))
+        capacity: dict[str, float] = {}
+        for variant in statics:
+            await session.take(variant)
+            capacity[variant.name] = await session.capacity(sample, prompts, concurrency=self._args.concurrency)
+            self._console.print(f"{escape(spec.name)}: {variant.name} sustains {capacity[variant.name]:.2f} requests/s")
+        await session.take(max(statics, key=lambda variant: capacity[variant.name]))
+        alone = await session.alone(sample[:_NUM_ALONE], prompts[:_NUM_ALONE])
+        self._yardsticks[key] = Yardstick(capacity, alone)
+        return self._yardsticks[key]
+
+    async def _run_trace(
+        self, session: AdaptSession, spec: TraceSpec, yardstick: Yardstick, variants: Sequence[Variant]
+    ) -> None:
+        args = self._args
+        seconds = args.lead_in + args.duration
+        rate = args.rate or args.load * max(yardstick.capacity.values())
+        workload = self._workload(spec, max(2, round(rate * seconds)), seconds)
+        counted = [
+            Arrival(each.at_s - args.lead_in, each.num_prompt_tokens, each.num_output_tokens)
+            for each in workload
+            if each.at_s >= args.lead_in
+        ]
+        if not counted:
+            raise ConfigError(f"{spec.name} has no request after the lead-in; give a longer --duration")
+        result = TraceResult(
+            name=spec.name,
+            workload=workload,
+            facts=WorkloadFacts.of(counted, duration_s=args.duration),
+            yardstick=yardstick,
+            lead_in_s=args.lead_in,
+            duration_s=args.duration,
+            slo_s=args.slo,
+            slo_factor=args.slo_factor,
+        )
+        self._results.append(result)
+        prompts = make_prompts(self._builder, workload, seed=(args.seed, 1))
+        for repeat in range(args.repeats):
+            for variant in variants if repeat % 2 == 0 else reversed(variants):
+                run = await session.run(variant, workload, prompts, repeat=repeat)
+                result.runs.append(run)
+                self._console.print(escape(describe(run)))
+        result.differences = await compare_answers(result.runs, session, workload, prompts)
+        self._console.print(render(result))
+
+    def _sample(self, spec: TraceSpec) -> list[Arrival]:
+        """Requests of the trace's lengths."""
+        return self._workload(spec, _CALIBRATION * self._args.concurrency, 1.0)
+
+    def _workload(self, spec: TraceSpec, num_requests: int, seconds: float) -> list[Arrival]:
+        args = self._args
+        return make_workload(
+            spec, num_requests, duration_s=seconds, mean_prompt=args.prompt_tokens, mean_output=args.output_tokens,
+            seed=args.seed,
+        )  # fmt: skip
+
+    def write(self) -> None:
+        """JSON and pictures of what was measured."""
+        args, results = self._args, [result for result in self._results if result.runs]
+        if args.json is not None and results:
+            data = {
+                "version": 1,
+                "settings": settings_of(args),
+                "machine": machine(),
+                "traces": [to_json(result) for result in results],
+            }
+            args.json.write_text(json.dumps(data) + "\n")
+            self._console.print(f"wrote {args.json}")
+        if args.plot is not None:
+            from flexpipe_serve.bench.adapt_plot import save_plot  # only now: matplotlib takes its time to import
+
+            for result in results:
+                slug = "".join(letter if letter.isalnum() else "-" for letter in result.name)
+                path = args.plot.with_stem(f"{args.plot.stem}-{slug}")
+                save_plot(result, path)
+                self._console.print(f"wrote {path}")
+
+
+def describe(run: AdaptRun) -> str:
+    """One line about a run that is over."""
+    good = [request for request in run.wave.requests if request.error is None]
+    mean_s = sum(request.end_s - request.start_s for request in good) / max(1, len(good))
+    switches = "".join(f"; {list(boundaries)} at {at_s:.1f} s" for at_s, boundaries in run.switches)
+    return (
+        f"{run.variant.name}, repeat {run.repeat + 1}: {len(good)} of {len(run.wave.requests)} answered,"
+        f" mean {mean_s * 1e3:.0f} ms{switches}"
+    )
+
+
+def _trace(text: str) -> TraceSpec:
+    try:
+        return TraceSpec.parse(text)
+    except ConfigError as error:  # argparse would show no ValueError's text
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(positive_int(part) for part in text.split(","))
+
+
+def policies(text: str) -> tuple[str, ...]:
+    """Names of policies, for argparse; '' is none."""
+    names = tuple(part for part in text.split(",") if part)
+    for name in names:
+        if name not in POLICIES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(POLICIES)}")
+    return names

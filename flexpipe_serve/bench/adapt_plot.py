@@ -1,0 +1,55 @@
+"""The pictures of the adaptation benchmark: what came, how long it took, and through how many stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from flexpipe_serve.bench.adapt_report import TraceResult
+from flexpipe_serve.bench.adapt_run import AdaptRun
+
+_NUM_BINS = 40
+
+
+def save_plot(result: TraceResult, path: Path) -> None:
+    """Writes a PNG of a trace's first repetition: the rate of arrivals, latency over arrival (a dot a request, a line
+    the mean over a tenth of the time), and stages over time."""
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    rate, latency, stages = figure.subplots(3, 1, sharex=True, height_ratios=(1, 3, 1.2))
+    end_s = result.lead_in_s + result.duration_s
+    times = [arrival.at_s for arrival in result.workload]
+    counts, edges = np.histogram(times, bins=_NUM_BINS, range=(0, end_s))
+    rate.stairs(counts * _NUM_BINS / end_s, edges, fill=True, color="0.6")
+    for index, variant in enumerate(result.variants):
+        first = result.runs_of(variant)[0]
+        _latency(latency, first, color=f"C{index}", end_s=end_s)
+        _stages(stages, first, color=f"C{index}", offset=0.04 * index)
+    for axis in (rate, latency, stages):
+        axis.axvline(result.lead_in_s, color="black", linewidth=0.8, linestyle="--")
+        axis.grid(alpha=0.3)
+    rate.set(title=f"{result.name}: arrivals (from the dashed line on they count)", ylabel="requests/s")
+    latency.set(ylabel="latency, s", yscale="log")
+    latency.legend(ncols=3)
+    stages.set(xlabel="s", ylabel="stages", ylim=(0, None))
+    figure.savefig(path, dpi=110)
+
+
+def _latency(axis: Axes, run: AdaptRun, *, color: str, end_s: float) -> None:
+    good = [request for request in run.wave.requests if request.error is None]
+    starts = np.array([request.start_s for request in good])
+    latencies = np.array([request.end_s - request.start_s for request in good])
+    axis.plot(starts, latencies, ".", color=color, markersize=3, alpha=0.6)
+    edges = np.linspace(0, end_s, _NUM_BINS // 4 + 1)
+    slots = np.digitize(starts, edges) - 1
+    means = [latencies[slots == slot].mean() if (slots == slot).any() else np.nan for slot in range(len(edges) - 1)]
+    axis.plot((edges[:-1] + edges[1:]) / 2, means, color=color, label=run.variant.name)
+
+
+def _stages(axis: Axes, run: AdaptRun, *, color: str, offset: float) -> None:
+    times = [look.at_s for look in run.looks]
+    axis.step(times, [look.num_stages + offset for look in run.looks], where="post", color=color)
+    for at_s, _ in run.switches:
+        axis.axvline(at_s, color=color, linewidth=0.8, alpha=0.5)

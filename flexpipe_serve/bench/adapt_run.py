@@ -1,0 +1,260 @@
+"""Drives one server through layouts and policies, each under the same requests, and notes what it sees."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flexpipe_serve.async_handle import AsyncHandle
+from flexpipe_serve.bench.adapt_metrics import Alone, Look, sustained_rate
+from flexpipe_serve.bench.arrivals import Arrival
+from flexpipe_serve.bench.client import Target
+from flexpipe_serve.bench.server import adapt_config, deploy, router_of
+from flexpipe_serve.bench.wave import Wave, run_wave
+from flexpipe_serve.errors import ConfigError, EngineUnavailableError, InvalidRequestError, RefactorBusyError
+from flexpipe_serve.refactor.record import Outcome, RefactorRecord
+
+_POLL_S = 0.5
+_LOOK_EVERY_S = 1.0
+"""Seldom: every look costs both sides CPU."""
+_SETTLE_S = 120.0
+_PROFILE_S = 300.0
+_WARM_UP = Arrival(0.0, 16, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What is compared.
+
+    Args:
+        name: in reports.
+        boundaries: of the layout at the start.
+        policy: of the planner; None: the layout stays.
+        moves: layouts that are asked for at given times (seconds after the wave's start), whatever the load.
+    """
+
+    name: str
+    boundaries: tuple[int, ...]
+    policy: str | None = None
+    moves: tuple[tuple[float, tuple[int, ...]], ...] = ()
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the layout stays as it is."""
+        return self.policy is None and not self.moves
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptRun:
+    """One variant under the load once. Times are seconds after the wave's start.
+
+    Args:
+        variant: which.
+        repeat: which repetition.
+        wave: the requests.
+        looks: at the server, in order.
+        records: of refactorings that began meanwhile.
+        decisions: of the planner, as ``GET /flexpipe/decisions`` shows them; () where there is none.
+        started_at: Unix time of the wave's start.
+    """
+
+    variant: Variant
+    repeat: int
+    wave: Wave
+    looks: tuple[Look, ...]
+    records: tuple[RefactorRecord, ...]
+    decisions: tuple[dict[str, Any], ...]
+    started_at: float
+
+    @property
+    def switches(self) -> list[tuple[float, tuple[int, ...]]]:
+        """When new layouts came into force, and their boundaries."""
+        return [
+            (record.switched_at - self.started_at, tuple(part.start for part in record.plan.new[1:]))
+            for record in self.records
+            if record.outcome is Outcome.DONE and record.switched_at is not None
+        ]
+
+
+class AdaptSession:
+    """One server that is measured.
+
+    Args:
+        config: what it was started with.
+        url: where it is.
+        log: its log.
+        handle: to it.
+        target: for completions.
+        planner: fields of ``user_config.planner`` beside mode and policy.
+        warm_prompt: a prompt of 16 tokens.
+        timeout_s: a longer request failed.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Mapping[str, Any],
+        url: str,
+        log: Path,
+        handle: AsyncHandle,
+        target: Target,
+        planner: Mapping[str, Any],
+        warm_prompt: str,
+        timeout_s: float,
+    ) -> None:
+        self.handle = handle
+        self.target = target
+        self._config = config
+        self._url = url
+        self._log = log
+        self._planner = planner
+        self._warm_prompt = warm_prompt
+        self._timeout_s = timeout_s
+        self._num_warm = int(router_of(config)["user_config"].get("warm_stages", 0))
+
+    async def wait_for_profile(self, say: Callable[[str], None]) -> None:
+        """Until the planner can plan: at a first start it measures the model, and that must disturb no run.
+
+        Raises:
+            ConfigError: it cannot after some minutes.
+        """
+        deadline = time.monotonic() + _PROFILE_S
+        said = False
+        while True:
+            try:
+                await self.handle.call("GET", "/flexpipe/plan", dict[str, Any])
+                return
+            except EngineUnavailableError as error:
+                if time.monotonic() > deadline:
+                    raise ConfigError(f"the planner cannot plan after {_PROFILE_S:.0f} s: {error}") from None
+                if not said:
+                    say(f"waiting for the planner: {error}")
+                    said = True
+            await asyncio.sleep(_POLL_S)
+
+    async def take(self, variant: Variant) -> None:
+        """Bring the server into the variant's state: its layout at rest, then its policy.
+
+        Raises:
+            ConfigError: the server refuses the layout, or does not get there.
+        """
+        await self._deploy(variant.boundaries, {"mode": "off"})
+        deadline = time.monotonic() + _SETTLE_S
+        while not await self._is_settled(variant.boundaries):
+            if time.monotonic() > deadline:
+                raise ConfigError(f"{self._url} has not come to rest with {variant.name} after {_SETTLE_S:.0f} s")
+            await asyncio.sleep(_POLL_S)
+        # Pages and connections that the layout is the first to use.
+        await self._wave([_WARM_UP] * 4, [self._warm_prompt] * 4, concurrency=2)
+        if variant.policy is not None:
+            await self._deploy(variant.boundaries, {**self._planner, "mode": "on", "policy": variant.policy})
+
+    async def capacity(self, workload: Sequence[Arrival], prompts: Sequence[str], *, concurrency: int) -> float:
+        """Requests a second that the layout in force sustains in a closed loop."""
+        return sustained_rate((await self._wave(workload, prompts, concurrency=concurrency)).requests)
+
+    async def alone(self, workload: Sequence[Arrival], prompts: Sequence[str]) -> Alone:
+        """Latency of requests that have the layout in force to themselves."""
+        wave = await self._wave(workload, prompts, concurrency=1)
+        latencies = [request.end_s - request.start_s for request in wave.requests]
+        return Alone.fit(list(zip(workload, latencies, strict=True)))
+
+    async def closed_loop(self, workload: Sequence[Arrival], prompts: Sequence[str], *, concurrency: int) -> Wave:
+        """The requests, so many at once. Raises ConfigError where one fails."""
+        return await self._wave(workload, prompts, concurrency=concurrency)
+
+    async def run(
+        self, variant: Variant, workload: Sequence[Arrival], prompts: Sequence[str], *, repeat: int
+    ) -> AdaptRun:
+        """The variant under the load. Requests may fail."""
+        await self.take(variant)
+        started_at, started_s = time.time(), time.perf_counter()
+        looks: list[Look] = []
+        tasks = [asyncio.create_task(self._look(looks, started_s))]
+        tasks += [asyncio.create_task(self._move(at_s, boundaries)) for at_s, boundaries in variant.moves]
+        try:
+            wave = await run_wave(self.target, workload, prompts, concurrency=None, timeout_s=self._timeout_s)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        decisions = await self._decisions(since=started_at) if variant.policy is not None else []
+        # No further decisions while nobody asks for anything.
+        await self._deploy(variant.boundaries, {"mode": "off"})
+        records = [record for record in await self.handle.refactorings() if record.requested_at >= started_at]
+        over_at = started_at + max(request.end_s for request in wave.requests)
+        records = [record for record in records if record.requested_at <= over_at]
+        return AdaptRun(
+            variant=variant,
+            repeat=repeat,
+            wave=replace(wave, target=variant.name),
+            looks=tuple(looks),
+            records=tuple(records),
+            decisions=tuple(decisions),
+            started_at=started_at,
+        )
+
+    async def _wave(self, workload: Sequence[Arrival], prompts: Sequence[str], *, concurrency: int) -> Wave:
+        wave = await run_wave(self.target, workload, prompts, concurrency=concurrency, timeout_s=self._timeout_s)
+        for request in wave.requests:
+            if request.error is not None:
+                raise ConfigError(f"{self._url} cannot do the requests: {request.error}")
+        return wave
+
+    async def _deploy(self, boundaries: Sequence[int], planner: Mapping[str, Any]) -> None:
+        layout = {"boundaries": list(boundaries)} if boundaries else {"stages": 1}
+        config = adapt_config(self._config, args={}, user_config={"layout": layout})
+        router_of(config)["user_config"]["planner"] = dict(planner)  # whole, so that nothing of a former one stays
+        await deploy(config, url=self._url, log=self._log)
+
+    async def _is_settled(self, boundaries: tuple[int, ...]) -> bool:
+        status = await self.handle.status()
+        if status["config_error"] is not None:
+            raise ConfigError(f"{self._url} refuses the layout {list(boundaries)}: {status['config_error']}")
+        if any(not record.is_over for record in await self.handle.refactorings()):
+            return False
+        if tuple(status["layout"]["boundaries"]) != boundaries:
+            # A configuration that was in force already changes nothing, though the layout has changed since.
+            with contextlib.suppress(RefactorBusyError):
+                await self.handle.refactor(boundaries=boundaries, reason="start of a run")
+            return False
+        num_unfinished = status["queue"]["num_running"] + status["queue"]["num_waiting"]
+        return num_unfinished == 0 and len(status["warm_stages"]) >= self._num_warm
+
+    async def _look(self, looks: list[Look], started_s: float) -> None:
+        """Fill ``looks`` until cancelled."""
+        while True:
+            with contextlib.suppress(EngineUnavailableError):
+                looks.append(look_at(await self.handle.status(), at_s=time.perf_counter() - started_s))
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _move(self, at_s: float, boundaries: tuple[int, ...]) -> None:
+        await asyncio.sleep(at_s)
+        await self.handle.refactor(boundaries=boundaries, reason="asked for by the benchmark")
+
+    async def _decisions(self, *, since: float) -> list[dict[str, Any]]:
+        try:
+            answer = await self.handle.call("GET", "/flexpipe/decisions", dict[str, Any])
+        except InvalidRequestError:  # a server that has no planner
+            return []
+        return [decision for decision in answer["data"] if decision["at"] >= since]
+
+
+def look_at(status: Mapping[str, Any], *, at_s: float) -> Look:
+    """What the benchmark keeps of ``GET /flexpipe/status``."""
+    pipelines = status.get("pipelines") or [status]
+    stages = [stage for pipeline in pipelines for stage in pipeline["stages"]]
+    return Look(
+        at_s=at_s,
+        num_stages=len(stages),
+        num_devices=len({stage["compute"] for stage in stages}),
+        num_pipelines=len(pipelines),
+        boundaries=tuple(status["layout"]["boundaries"]),
+        num_running=status["queue"]["num_running"],
+        num_waiting=status["queue"]["num_waiting"],
+    )
