@@ -89,6 +89,23 @@ class User:
         return self.process.stdout.readline().strip()
 
 
+def test_segments_of_the_dead_are_swept_and_no_others(shm: Path) -> None:
+    with DomainFolder("app", root=shm) as folder:
+        dead, living = User(shm), User(shm)
+        try:
+            dead.ask("open 10")
+            mine = SharedSegment(folder.segment_path(3, stage="stage-1"), shape=SHAPE, max_blocks=100)
+            assert folder.sweep_segments() == []
+            dead.kill()
+            assert folder.sweep_segments() == [folder.segment_path(7)]
+            living.ask("open 10")
+            assert folder.sweep_segments() == []
+            mine.close()
+        finally:
+            dead.kill()
+            living.kill()
+
+
 def test_kv_outlives_a_killed_process_until_the_last_one_dies(shm: Path) -> None:
     first, second = User(shm), User(shm)
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexpipe_serve.kv.domain import SHM_ROOT, DomainFolder, free_bytes
+from flexpipe_serve.kv.domain import SHM_ROOT, free_bytes
 from flexpipe_serve.kv.segment import BlockShape, DeviceSegment, KVMemoryError, Segment, SharedSegment
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -185,23 +185,6 @@ def test_segments_opened_and_closed_by_many_at_once_are_never_a_dead_file(shm: P
         thread.join()
     assert errors == []
     assert list(shm.iterdir()) == []
-
-
-def test_segments_of_the_dead_are_swept_and_no_others(shm: Path) -> None:
-    with DomainFolder("app", root=shm) as folder:
-        dead, living = User(shm), User(shm)
-        try:
-            dead.ask("open 10")
-            mine = SharedSegment(folder.segment_path(3, stage="stage-1"), shape=SHAPE, max_blocks=100)
-            assert folder.sweep_segments() == []
-            dead.kill()
-            assert folder.sweep_segments() == [folder.segment_path(7)]
-            living.ask("open 10")
-            assert folder.sweep_segments() == []
-            mine.close()
-        finally:
-            dead.kill()
-            living.kill()
 
 
 def test_second_view_may_resize_too(shm: Path) -> None:
