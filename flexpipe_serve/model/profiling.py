@@ -205,6 +205,7 @@ class ProbedStage:
         self._block_size = setup.block_size
         self._computer = StepComputer(setup)
         self._folder = DomainFolder(setup.domain_key)
+        self.folder = self._folder.path
         self._kv = StageKV(
             self._folder,
             shape=self._computer.block_shape,

@@ -9,7 +9,6 @@ import torch
 from tiny_models import make_checkpoint
 
 from flexpipe_serve.errors import ConfigError
-from flexpipe_serve.kv.domain import SHM_ROOT
 from flexpipe_serve.model.profile_steps import decodes, shape_of
 from flexpipe_serve.model.profiling import (
     OtherWork,
@@ -33,7 +32,6 @@ def spec_of(folder: Path, name: str = "llama", **changes: object) -> ModelSpec:
 def test_all_steps_run_on_a_model_that_permits_short_sequences_only(tmp_path: Path, num_layers: int) -> None:
     spec = spec_of(tmp_path, num_hidden_layers=num_layers)
     assert spec.max_model_len == 64
-    before = set(SHM_ROOT.iterdir())
     with ProbedStage(spec, make_setup(spec, dtype="float32", device="cpu"), num_threads=1) as stage:
         probes, held_out = make_probes(spec, num_layers=stage.num_layers)
         for probe in (*probes, *held_out):
@@ -42,7 +40,8 @@ def test_all_steps_run_on_a_model_that_permits_short_sequences_only(tmp_path: Pa
             assert probe not in held_out or probe.is_first == (probe.start == 0)
             assert probe not in held_out or probe.is_last == (probe.stop == num_layers)
         assert stage.measure_loading() > 0
-    assert not [path for path in set(SHM_ROOT.iterdir()) - before if path.name.startswith("flexpipe-")]
+        assert stage.folder.is_dir()
+    assert not stage.folder.exists()
 
 
 def test_probes_reach_the_largest_steps_of_the_scheduler(tmp_path: Path) -> None:
