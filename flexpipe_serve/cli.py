@@ -11,6 +11,8 @@ from flexpipe_serve import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. Returns the exit status."""
     from flexpipe_serve import cli_admin, cli_profile, launch
+    from flexpipe_serve.bench import adapt as bench_adapt
+    from flexpipe_serve.bench import model as bench_model
     from flexpipe_serve.bench import refactor as bench_refactor
     from flexpipe_serve.bench import resize as bench_resize
     from flexpipe_serve.bench import serve as bench_serve
@@ -33,6 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     resize = bench.add_parser("resize", help="what it is worth that KV capacity follows the layout")
     bench_resize.add_arguments(resize)
     resize.set_defaults(run=bench_resize.main)
+    adapt = bench.add_parser("adapt", help="what it is worth to change the pipeline with the load")
+    bench_adapt.add_arguments(adapt)
+    adapt.set_defaults(run=bench_adapt.main)
+    model = bench.add_parser("model", help="how far the planner's latency model is from the real server")
+    bench_model.add_arguments(model)
+    model.set_defaults(run=bench_model.main)
     args = parser.parse_args(argv)
     status: int = args.run(args)
     return status
