@@ -20,7 +20,7 @@ from flexpipe_serve.engine.pipeline_memory import PipelineMemory
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scheduler import Scheduler
 from flexpipe_serve.engine.scheduler_config import SchedulerConfig
-from flexpipe_serve.engine.stage_status import describe_pipeline
+from flexpipe_serve.engine.stage_status import describe_nodes, describe_pipeline
 from flexpipe_serve.engine.step_loop import StepLoop
 from flexpipe_serve.engine.stream import make_stream
 from flexpipe_serve.errors import ConfigError, EngineUnavailableError, RefactorBusyError, RefactorRefusedError
@@ -30,7 +30,10 @@ from flexpipe_serve.pipeline.budget import DomainUse
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.pipeline import Pipeline
 from flexpipe_serve.pipeline.stage_types import StageReport
+from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
+from flexpipe_serve.placement.topology import Topology
 from flexpipe_serve.refactor.commands import Finish
+from flexpipe_serve.refactor.drainer import Drainer
 from flexpipe_serve.refactor.feasibility import ModelWeights
 from flexpipe_serve.refactor.manager import RefactorManager
 from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
@@ -99,6 +102,13 @@ class Engine:
         self._refactorings = RefactorManager(
             self._pipeline, self._loop, weights, rebuild=self._rebuild_once, on_over=self._on_refactored
         )
+        self._drainer = Drainer(
+            self._pipeline,
+            self._refactorings,
+            control=self._control,
+            start_refactoring=self._start_refactoring,
+            note=self._note,
+        )
         self._wanted: _Wanted | None = None
         self._unavailable: str | None = "the pipeline has not started."
 
@@ -150,7 +160,7 @@ class Engine:
             unavailable=self._unavailable,
             model=self.model.name,
             metrics=self._metrics.snapshot(),
-        )
+        ) | {"nodes": describe_nodes(self._drainer.topology(), self._pipeline.node_of)}
 
     async def refactor(self, request: RefactorRequest) -> RefactorRecord:
         """See EngineClient.refactor."""
@@ -173,6 +183,20 @@ class Engine:
         """See EngineClient.events."""
         return list(self._events)
 
+    async def drain(self, request: DrainRequest) -> DrainRecord:
+        """See EngineClient.drain."""
+        if self._pipeline.layout is None:
+            await self.check_health()
+        return await asyncio.to_thread(self._drainer.drain, request)
+
+    def drains(self) -> list[DrainRecord]:
+        """See EngineClient.drains."""
+        return self._drainer.records()
+
+    async def undrain(self, node: str, /) -> DrainRecord | None:
+        """See EngineClient.undrain."""
+        return await asyncio.to_thread(self._drainer.undrain, node)
+
     # ------------------------------------------------------------------ for a fleet
 
     @property
@@ -189,6 +213,11 @@ class Engine:
     def loop(self) -> StepLoop:
         """The engine thread: its requests, its scheduler."""
         return self._loop
+
+    @property
+    def topology(self) -> Topology | None:
+        """The nodes and devices as seen about a second ago, nodes to be emptied or kept empty as draining."""
+        return self._drainer.topology()
 
     def launch(self, layout: Layout) -> PipelineUse:
         """Start empty stages, for ``start``. See PipelineMemory.launch."""
@@ -246,6 +275,7 @@ class Engine:
         try:
             self._control.submit(self._bring_up, layout).result()
             self._control.submit(self._refactorings.fill_pool).result()
+            self._drainer.start()
         except BaseException:
             self.stop()
             raise
@@ -281,6 +311,7 @@ class Engine:
         """End all requests with an error, and all stages."""
         self._unavailable = "the server is shutting down."
         self._stopping.set()
+        self._drainer.stop()
         self._refactorings.stop()
         self._loop.stop("the server is shutting down.")
         self._control.submit(self._pipeline.stop).result()

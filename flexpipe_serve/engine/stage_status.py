@@ -9,6 +9,7 @@ from typing import Any
 from flexpipe_serve.engine.scheduler_config import SchedulerStats
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.stage_types import StageReport
+from flexpipe_serve.placement.topology import Topology
 
 
 def describe_stage(report: StageReport) -> dict[str, Any]:
@@ -30,6 +31,29 @@ def describe_stage(report: StageReport) -> dict[str, Any]:
         "num_steps": report.num_steps,
         "busy_seconds": round(report.busy_seconds, 3),
     }
+
+
+def describe_nodes(topology: Topology | None, node_of: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The nodes that live in ``GET /flexpipe/status``.
+
+    Args:
+        topology: None: not known yet.
+        node_of: the node of each stage, by name.
+    """
+    nodes = topology.nodes if topology is not None else ()
+    return [
+        {
+            "id": node.name,
+            "address": node.address,
+            "rack": node.rack,
+            "zone": node.zone,
+            "alive": node.is_alive,
+            "draining": node.is_draining,
+            "stages": [name for name, its_node in node_of.items() if its_node == node.name],
+        }
+        for node in nodes
+        if node.is_alive or node.name in node_of.values()
+    ]
 
 
 def describe_pipeline(

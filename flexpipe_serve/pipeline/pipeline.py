@@ -183,8 +183,16 @@ class Pipeline:
             self._homes.update({name: node for name, node in node_of.items() if name not in self._stages})
 
     def topology(self) -> Topology:
-        """The nodes and devices as they are now; those to avoid count as draining."""
-        return mark_draining(self._host.topology(kind=DeviceKind(self._setup.device)), self.avoid)
+        """The nodes and devices as they are now."""
+        return self._host.topology(kind=DeviceKind(self._setup.device))
+
+    def read_drained(self) -> dict[str, float]:
+        """See StageHost.read_drained."""
+        return self._host.read_drained()
+
+    def write_drained(self, deadlines: Mapping[str, float]) -> None:
+        """See StageHost.write_drained."""
+        self._host.write_drained(deadlines)
 
     @property
     def node_of(self) -> dict[str, str]:
@@ -282,7 +290,7 @@ class Pipeline:
             home = self._homes.get(name)
         if home is None and not self.avoid:
             return None
-        usable = usable_nodes(self.topology())
+        usable = usable_nodes(mark_draining(self.topology(), self.avoid))
         if home in usable or not self.avoid:
             return home if home in usable else None
         if not usable:

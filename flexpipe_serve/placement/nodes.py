@@ -35,6 +35,11 @@ def find_node(text: str, topology: Topology, *, param: str) -> Node:
     raise InvalidRequestError(f"{what} {text[:80]!r}; there are: {known}.", param=param)
 
 
+def short_name(node: str) -> str:
+    """For people: Ray's node ids have 56 digits."""
+    return node if len(node) < 40 else f"{node[:8]}…"
+
+
 def mark_draining(topology: Topology, nodes: Collection[str]) -> Topology:
     """The same with ``nodes``, by name, as being drained."""
     return msgspec.structs.replace(

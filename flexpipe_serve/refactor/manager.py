@@ -172,6 +172,19 @@ class RefactorManager:
         """Whether one is running."""
         return self._running is not None
 
+    @property
+    def running(self) -> RefactorRecord | None:
+        """The record of the one that is running."""
+        with self._lock:
+            running = self._running
+        return None if running is None else self._copy(running.record)
+
+    @property
+    def can_cancel(self) -> bool:
+        """Whether one is running that is not past its switch."""
+        running = self._running
+        return running is not None and running.can_cancel
+
     def on_stage_lost(self, name: str, reason: str) -> bool:
         """Tell the running refactoring of a lost stage.
 
@@ -252,7 +265,7 @@ class RefactorManager:
             assert request.stages is not None
             boundaries = even_boundaries(num_layers=old.num_layers, num_stages=request.stages)
         avoid = {find_node(text, topology, param="avoid").name for text in request.avoid}
-        usable = usable_nodes(mark_draining(topology, avoid))
+        usable = usable_nodes(mark_draining(topology, avoid | self._pipeline.avoid))
         if not usable:
             raise RefactorRefusedError("there is no node left: all that live are being drained or to be avoided.")
         nodes = None
