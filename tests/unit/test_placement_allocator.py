@@ -359,7 +359,7 @@ def test_82_devices_and_32_stages():
     assert min(times) < 0.2  # some 20 ms on a quiet machine: see scripts/bench_placement
     # Without hops it is an assignment problem, and solved as such: all devices are shared, so speed and fit decide.
     costs = [
-        [0.5 * (d.free_bytes - s.memory_bytes) / 1600 - d.speed / 2 if d.free_bytes >= s.memory_bytes else 1e3
+        [(d.free_bytes - s.memory_bytes) / 1600 - d.speed / 2 if d.free_bytes >= s.memory_bytes else 1e3
          for d in devices]
         for s in demands
     ]  # fmt: skip
