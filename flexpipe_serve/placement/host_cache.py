@@ -8,6 +8,7 @@ whole, never changes, and whoever has it open may read on when it is removed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -29,6 +30,7 @@ FREE_SHARE = 0.25
 _SUFFIX = ".weights"
 _UNFINISHED = ".new"
 _LOCK_NAME = "host-cache.lock"
+_NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG)
 _YOUNG_NS = 60 * 10**9
 """What was used so lately stays: a model larger than the cache would push itself out, part by part."""
 
@@ -120,7 +122,9 @@ class HostCache:
             with self._lock():
                 unfinished.rename(self._path(part))
         except OSError as error:
-            logger.info("the host cache does not get %s: %s", part, error)
+            if error.errno not in _NO_ROOM:
+                raise
+            logger.info("no room in shared memory to keep %s: %s", part, error)
             return False
         finally:
             close_shared(fd, unfinished)
@@ -172,7 +176,7 @@ class HostCache:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        """One at a time counts, makes room and takes it. Nobody writes or reads weights meanwhile holding it."""
+        """One at a time counts, makes room and takes it: a moment. Weights are read and written without."""
         fd = os.open(self._folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
