@@ -11,6 +11,8 @@ import numpy.typing as npt
 from flexpipe_serve.planner.profile import Curve, ModelProfile, StepShape
 
 _Column = npt.NDArray[np.float64]
+_MAX_ROUNDS = 10
+_TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,8 @@ class FitError:
 
 def fit_times(steps: Sequence[MeasuredStep], *, layer_scale: Sequence[float]) -> StepTimes:
     """The times that come nearest to the measured steps, as ``ModelProfile.stage_seconds`` adds them up: least squares
-    of the relative errors, with no time below zero.
+    of the relative errors, with no time below zero, and none that falls with more tokens or samples: what seems so was
+    disturbed.
 
     Every count of tokens (with layers, with an embedding) or of samples (with a head) that occurs becomes a point of
     the curve.
@@ -77,12 +80,13 @@ def fit_times(steps: Sequence[MeasuredStep], *, layer_scale: Sequence[float]) ->
             np.ones(len(steps)),
             work * context,
             work * pairs,
-            work[:, None] * _hats(layer_points, tokens),
-            firsts[:, None] * _hats(embedding_points, tokens),
-            lasts[:, None] * _hats(head_points, samples),
+            work[:, None] * _rises(layer_points, tokens),
+            firsts[:, None] * _rises(embedding_points, tokens),
+            lasts[:, None] * _rises(head_points, samples),
         ]
     )
-    found = _least_squares(columns, np.array([step.seconds for step in steps]))
+    seconds = np.array([step.seconds for step in steps])
+    found = _non_negative_least_squares(columns / seconds[:, None], np.ones(len(steps)))
     ends = 3 + np.cumsum([len(layer_points), len(embedding_points)])
     layer, embedding, head = np.split(found[3:], ends - 3)
     return StepTimes(
@@ -106,8 +110,9 @@ def fit_error(profile: ModelProfile, steps: Sequence[MeasuredStep]) -> FitError:
     return FitError(num_steps=len(steps), mean=float(np.mean(errors)), max=max(errors))
 
 
-def _hats(points: _Column, at: _Column) -> _Column:
-    """Weights [len(at), len(points)] of the points in ``Curve.at``: of the two around, of the last two beyond."""
+def _rises(points: _Column, at: _Column) -> _Column:
+    """Weights [len(at), len(points)] in ``Curve.at`` of the first point's seconds, and of what each later point has
+    more than the one before."""
     if len(points) == 1:
         return np.ones((len(at), 1))
     right = np.clip(np.searchsorted(points, at, side="right"), 1, len(points) - 1)
@@ -116,24 +121,37 @@ def _hats(points: _Column, at: _Column) -> _Column:
     rows = np.arange(len(at))
     weights[rows, right - 1] = 1.0 - share
     weights[rows, right] = share
-    return weights
+    rises: _Column = weights @ np.tri(len(points))
+    return rises
 
 
-def _least_squares(columns: _Column, seconds: _Column) -> _Column:
-    """Non-negative; what would be negative is left out, until nothing is."""
-    relative = columns / seconds[:, None]
+def _non_negative_least_squares(columns: _Column, target: _Column) -> _Column:
+    """Lawson and Hanson's method: the least squares solution of those that are nowhere negative."""
     # All of similar size, or the smallest would be taken for noise.
-    scale = np.maximum(np.abs(relative).max(axis=0), np.finfo(float).tiny)
-    relative /= scale
-    active = np.ones(columns.shape[1], bool)
-    while True:
-        found = np.zeros(columns.shape[1])
-        found[active] = np.linalg.lstsq(relative[:, active], np.ones(len(seconds)), rcond=None)[0]
-        if (found >= 0).all():
-            times: _Column = found / scale
-            return times
-        active &= found >= 0
+    scale = np.maximum(np.abs(columns).max(axis=0), np.finfo(float).tiny)
+    columns = columns / scale
+    found = np.zeros(columns.shape[1])
+    used = np.zeros(columns.shape[1], bool)
+    for _ in range(_MAX_ROUNDS * columns.shape[1]):
+        gain = np.where(used, 0.0, columns.T @ (target - columns @ found))
+        if gain.max() <= _TOLERANCE:
+            break
+        used[gain.argmax()] = True
+        while True:
+            free = np.zeros_like(found)
+            free[used] = np.linalg.lstsq(columns[:, used], target, rcond=None)[0]
+            below = used & (free <= 0)
+            if not below.any():
+                break
+            # As far as the first of them comes to zero, which leaves that one out.
+            part = (found[below] / (found[below] - free[below])).min()
+            found = found + part * (free - found)
+            used &= found > _TOLERANCE
+            found[~used] = 0.0
+        found = free
+    times: _Column = found / scale
+    return times
 
 
-def _curve(points: _Column, seconds: _Column) -> Curve:
-    return Curve(counts=tuple(points.tolist()), seconds=tuple(seconds.tolist()))
+def _curve(points: _Column, rises: _Column) -> Curve:
+    return Curve(counts=tuple(points.tolist()), seconds=tuple(np.cumsum(rises).tolist()))

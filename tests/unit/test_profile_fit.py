@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from profile_cases import NUM_LAYERS, profile_of
 
 from flexpipe_serve.model.profile_fit import MeasuredStep, fit_error, fit_times
-from flexpipe_serve.planner.profile import ModelProfile, StepShape
+from flexpipe_serve.planner.profile import Curve, ModelProfile, StepShape
 
 TRUTH = profile_of()
 LAYERS = [(0, NUM_LAYERS), (0, 3), (1, 4)]
@@ -108,6 +108,44 @@ def test_no_time_is_negative_whatever_was_measured() -> None:
     found = fitted(steps)
     assert found.context_token_s == 0.0
     assert min(found.layer.seconds) > 0
+
+
+def test_more_tokens_never_take_less_time() -> None:
+    """One kind of step was disturbed all the time."""
+    steps = [
+        MeasuredStep(**{**vars(step), "seconds": step.seconds * (3 if step.shape.num_tokens == 64 else 1)})
+        for step in steps_of(profile_of(layer_scale=TRUTH.layer_scale))
+    ]
+    for curve in (fitted(steps).layer, fitted(steps).embedding, fitted(steps).head):
+        assert list(curve.seconds) == sorted(curve.seconds)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_no_other_times_come_nearer(seed: int) -> None:
+    """However the measurements are disturbed, changing the result a little makes it no better."""
+    rng = np.random.default_rng(seed)
+    steps = [MeasuredStep(**{**vars(step), "seconds": step.seconds * rng.uniform(0.5, 3)}) for step in steps_of(TRUTH)]
+    found = fitted(steps)
+
+    def loss(profile: ModelProfile) -> float:
+        again = [
+            step_of(profile, s.shape, start=s.start, stop=s.stop, is_first=s.is_first, is_last=s.is_last) for s in steps
+        ]
+        return sum((a.seconds / s.seconds - 1) ** 2 for a, s in zip(again, steps, strict=True))
+
+    best = loss(found)
+    for name in ("context_token_s", "pair_s", "stage_s"):
+        for factor in (0.9, 1.1):
+            changed = msgspec.structs.replace(found, **{name: getattr(found, name) * factor})
+            assert loss(changed) >= best - 1e-9
+    for name in ("layer", "embedding", "head"):
+        curve = getattr(found, name)
+        for factor in (0.9, 1.1):  # keeps the order of its points
+            seconds = tuple(factor * each for each in curve.seconds)
+            assert (
+                loss(msgspec.structs.replace(found, **{name: Curve(counts=curve.counts, seconds=seconds)}))
+                >= best - 1e-9
+            )
 
 
 def test_error_is_relative_to_what_was_measured() -> None:
