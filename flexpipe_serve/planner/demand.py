@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.planner.stall import StallDetector
-from flexpipe_serve.planner.types import Demand
+from flexpipe_serve.planner.types import Demand, Trigger
 from flexpipe_serve.planner.windows import ArrivalWindow, Moments, RecentMoments
 
 _MIN_ARRIVALS = 10
@@ -19,6 +19,15 @@ _MIN_ENDED = 30
 """Requests in a window, before its lengths and latencies are taken instead of a longer window's."""
 _NUM_DEVIATIONS = 3.0
 """What a change of the rate must stand out by."""
+_SURGE = 0.5
+
+
+def trigger_of(demand: Demand, *, is_stalled: bool, horizon_s: float) -> Trigger:
+    """Why a decision is due at its time: a stall, a rate that would grow by half over the horizon (F16), or neither."""
+    if is_stalled:
+        return Trigger.STALL
+    surges = demand.rate_gradient * horizon_s > _SURGE * demand.rate > 0
+    return Trigger.GRADIENT if surges else Trigger.INTERVAL
 
 
 class DemandMonitor:

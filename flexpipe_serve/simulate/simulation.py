@@ -16,10 +16,10 @@ from flexpipe_serve.engine.request import SequenceUpdate
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scheduler_config import SchedulerConfig
 from flexpipe_serve.errors import ConfigError, InvalidRequestError, RefactorRefusedError
-from flexpipe_serve.planner.demand import DemandMonitor
+from flexpipe_serve.planner.demand import DemandMonitor, trigger_of
 from flexpipe_serve.planner.memory import num_kv_tokens, pipelines_of
 from flexpipe_serve.planner.profile import ModelProfile
-from flexpipe_serve.planner.types import Decision, Demand, PlannerState, Split, StageDevice, Trigger, Verdict
+from flexpipe_serve.planner.types import Decision, PlannerState, Split, StageDevice, Verdict
 from flexpipe_serve.simulate.events import EventQueue, Server
 from flexpipe_serve.simulate.pipeline import BLOCK_SIZE, Route, SimulatedPipeline
 from flexpipe_serve.simulate.refactoring import RefactoringTimes, SimulatedRefactoring
@@ -44,6 +44,8 @@ class SimulationConfig:
     max_num_batched_tokens: int = 512
     interval_s: float = 1.0
     """Between decisions."""
+    horizon_s: float = 60.0
+    """Over which a rising rate counts as a reason to look."""
     times: RefactoringTimes = field(default_factory=RefactoringTimes)
 
 
@@ -246,7 +248,7 @@ class Simulation:
             demand=demand,
             current=self._split,
             devices=self._devices,
-            trigger=_trigger(self._monitor, demand),
+            trigger=trigger_of(demand, is_stalled=self._monitor.is_stalled, horizon_s=self._config.horizon_s),
             last_change_at=self._last_change_at,
             num_kv_tokens_in_use=sum(s.num_used_blocks for s in stats) * BLOCK_SIZE,
             mean_latency_s=self._monitor.mean_latency_s(now),
@@ -354,12 +356,6 @@ def _sequence(name: str, num_prompt_tokens: int, num_output_tokens: int) -> Engi
         prompt_token_ids=[0] * num_prompt_tokens,
         params=SamplingParams(max_tokens=num_output_tokens, ignore_eos=True),
     )
-
-
-def _trigger(monitor: DemandMonitor, demand: Demand) -> Trigger:
-    if monitor.is_stalled:
-        return Trigger.STALL
-    return Trigger.GRADIENT if demand.rate_gradient > 0 else Trigger.INTERVAL
 
 
 def _device_names(split: Split) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 from flexpipe_serve.bench.arrivals import gamma_arrivals
 from flexpipe_serve.errors import ConfigError
-from flexpipe_serve.planner.demand import DemandMonitor
+from flexpipe_serve.planner.demand import DemandMonitor, trigger_of
 from flexpipe_serve.planner.stall import StallDetector
+from flexpipe_serve.planner.types import Trigger
 from flexpipe_serve.planner.windows import ArrivalWindow, MomentWindow
 
 
@@ -173,6 +175,15 @@ def test_memory_is_bounded():
         monitor.finished(i * 0.02, num_output_tokens=i % 30, latency_s=(i % 50) * 0.1)
     assert size(monitor) == (15, 256, 256)
     assert sys.getsizeof(monitor._stalls._sorted) < 10_000
+
+
+def test_why_a_decision_is_due():
+    calm = demand_at(monitor_of(np.arange(0, 60, 0.5)), 60.0)
+    surging = msgspec.structs.replace(calm, rate_gradient=0.02)
+    assert trigger_of(calm, is_stalled=False, horizon_s=60.0) is Trigger.INTERVAL
+    assert trigger_of(surging, is_stalled=False, horizon_s=60.0) is Trigger.GRADIENT
+    assert trigger_of(surging, is_stalled=False, horizon_s=10.0) is Trigger.INTERVAL
+    assert trigger_of(surging, is_stalled=True, horizon_s=60.0) is Trigger.STALL
 
 
 @pytest.mark.parametrize("windows_s", [(), (60.0, 15.0), (15.0, 15.0), (0.0, 15.0)])
