@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from profile_cases import profile_of
 from rich.console import Console
@@ -44,6 +44,7 @@ def point_of(rate: float | None) -> Point:
     return predict_point(PROFILE, split, ARRIVALS, rate=rate, wave=WAVE)
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5), st.tuples(st.integers(0, 10**9), st.integers(0, 10**9)), st.integers(200, 10**6))
 def test_a_split_has_the_servers_kv(boundary: int, overheads: tuple[int, int], max_tokens: int) -> None:
     split = split_of(status_of(boundary, overheads=overheads, max_tokens=max_tokens), PROFILE)

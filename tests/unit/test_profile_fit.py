@@ -5,7 +5,7 @@ import itertools
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from profile_cases import NUM_LAYERS, profile_of
 
@@ -65,6 +65,7 @@ def test_exact_measurements_give_the_truth() -> None:
     assert found.stage_s == pytest.approx(TRUTH.stage_s)
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     tokens=st.floats(0.5, 600),
     samples=st.floats(0.5, 90),
@@ -83,6 +84,7 @@ def test_steps_between_and_beyond_the_points_are_fitted_as_they_are_predicted(
     assert fit_error(found, [step]).max < 1e-6
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(-0.05, 0.05), min_size=40, max_size=40))
 def test_errors_of_the_measurements_do_not_grow(noise: list[float]) -> None:
     steps = [
@@ -120,6 +122,7 @@ def test_more_tokens_never_take_less_time() -> None:
         assert list(curve.seconds) == sorted(curve.seconds)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_no_other_times_come_nearer(seed: int) -> None:
     """However the measurements are disturbed, changing the result a little makes it no better."""

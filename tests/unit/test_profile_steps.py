@@ -1,6 +1,6 @@
 """Synthetic steps are steps that a stage would take."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpipe_serve.model.profile_steps import Row, decodes, make_step, num_blocks_of, shape_of
@@ -10,6 +10,7 @@ from flexpipe_serve.pipeline.step_check import check_batch
 ROWS = st.lists(st.builds(Row, st.integers(0, 200), st.integers(1, 90), st.booleans()), min_size=1, max_size=9)
 
 
+@settings(max_examples=80, deadline=None)
 @given(rows=ROWS, block_size=st.integers(1, 40))
 def test_a_stage_would_take_them(rows: list[Row], block_size: int) -> None:
     num_blocks = num_blocks_of(rows, block_size=block_size)
@@ -26,6 +27,7 @@ def test_a_stage_would_take_them(rows: list[Row], block_size: int) -> None:
     assert used == list(range(num_blocks))
 
 
+@settings(max_examples=80, deadline=None)
 @given(ROWS)
 def test_shape_counts_what_is_computed(rows: list[Row]) -> None:
     shape = shape_of(rows)
