@@ -1,0 +1,225 @@
+"""The planner at work: watches what clients ask for, decides now and then, and has the pipelines changed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import msgspec
+
+from flexpipe_serve.config import PlannerConfig
+from flexpipe_serve.engine.planner_view import PipelineView, nodes_of
+from flexpipe_serve.engine.scale_record import ScaleRecord, ScaleRequest
+from flexpipe_serve.errors import EngineUnavailableError, RefactorBusyError
+from flexpipe_serve.planner.demand import DemandMonitor, trigger_of
+from flexpipe_serve.planner.policy import Policy, make_policy
+from flexpipe_serve.planner.profile import ModelProfile
+from flexpipe_serve.planner.types import Decision, PlannerState, PlannerWeights, Split, Trigger, Verdict
+from flexpipe_serve.refactor.record import MAX_REASON_CHARS, RefactorRecord, RefactorRequest
+
+logger = logging.getLogger(__name__)
+_MAX_DECISIONS = 1000
+_MakePolicy = Callable[[Literal["gated", "flexpipe"], PlannerWeights], Policy]
+
+
+class Plannable(Protocol):
+    """What the planner may look at and change."""
+
+    def view(self) -> PipelineView | None:
+        """The state now; None while there is no pipeline."""
+        ...
+
+    async def refactor(self, request: RefactorRequest) -> RefactorRecord: ...
+
+    async def scale(self, request: ScaleRequest) -> ScaleRecord: ...
+
+    def refactoring(self, refactoring_id: str, /) -> RefactorRecord | None: ...
+
+
+class PlannerService:
+    """One application's planner. Any thread may call its methods.
+
+    Args:
+        get_profile: the model's profile on the devices at hand; raises EngineUnavailableError while there is none.
+        note: writes an event, given its kind and its message.
+        max_bytes_per_s: of KV that a refactoring copies.
+        make_policy: by name and knobs.
+    """
+
+    def __init__(
+        self,
+        pipelines: Plannable,
+        *,
+        get_profile: Callable[[], ModelProfile],
+        note: Callable[[str, str], None],
+        max_bytes_per_s: float,
+        make_policy: _MakePolicy = make_policy,
+    ) -> None:
+        self._pipelines = pipelines
+        self._get_profile = get_profile
+        self._note = note
+        self.max_bytes_per_s = max_bytes_per_s
+        self._make_policy = make_policy
+        self._monitor = DemandMonitor()
+        self._watching = threading.Lock()
+        self._deciding = threading.Lock()
+        self._config = PlannerConfig()
+        self._policy = make_policy(self._config.policy, _weights(self._config))
+        self._decisions: deque[Decision] = deque(maxlen=_MAX_DECISIONS)
+        self._last_change_at: float | None = None
+        self._refactoring_id: str | None = None
+        self._stopping = threading.Event()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # ------------------------------------------------------------------ what is watched
+
+    def on_arrival(self, *, num_prompt_tokens: int) -> None:
+        """A sequence was asked for."""
+        with self._watching:
+            self._monitor.arrived(time.monotonic(), num_prompt_tokens=num_prompt_tokens)
+
+    def on_finish(self, *, num_output_tokens: int, latency_s: float) -> None:
+        """A sequence came to its own end."""
+        with self._watching:
+            self._monitor.finished(time.monotonic(), num_output_tokens=num_output_tokens, latency_s=latency_s)
+
+    # ------------------------------------------------------------------ control
+
+    def start(self) -> None:
+        """Decide from now on, as the configuration says."""
+        self._thread = threading.Thread(target=self._run, name="flexpipe-planner", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Decide nothing more."""
+        self._stopping.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def configure(self, config: PlannerConfig) -> None:
+        """Take a new configuration. A policy forgets what it has seen only where its own knobs changed."""
+        with self._deciding:
+            if (config.policy, _weights(config)) != (self._config.policy, _weights(self._config)):
+                self._policy = self._make_policy(config.policy, _weights(config))
+            self._config = config
+        self._wake.set()
+
+    def plan(self) -> Decision:
+        """What would be decided now; nothing comes of it, and no hysteresis stands in its way.
+
+        Raises:
+            EngineUnavailableError: there is no pipeline, or no profile yet.
+        """
+        config = self._config
+        return self._decide(self._make_policy(config.policy, _weights(config)), Trigger.ASKED)
+
+    def decisions(self) -> list[Decision]:
+        """The latest ones, the newest last."""
+        return list(self._decisions)
+
+    # ------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            config = self._config
+            self._wake.wait(None if config.mode == "off" else config.interval_s)
+            self._wake.clear()
+            if self._stopping.is_set() or self._config.mode == "off":
+                continue
+            try:
+                self._look()
+            except EngineUnavailableError as error:
+                logger.debug("nothing is decided: %s", error)
+            except Exception:  # thread edge: the next look may go better
+                logger.exception("the planner met an error")
+
+    def _look(self) -> None:
+        if self._is_changing():
+            return
+        with self._deciding:
+            decision = self._decide(self._policy, None)
+            mode = self._config.mode
+        if decision.verdict is Verdict.MOVE and mode == "on":
+            assert decision.chosen is not None
+            decision = self._carry_out(decision, decision.chosen)
+        self._decisions.append(decision)
+
+    def _is_changing(self) -> bool:
+        """Whether a refactoring runs, our own or another's; notes the end of our own."""
+        if self._refactoring_id is not None:
+            record = self._pipelines.refactoring(self._refactoring_id)
+            if record is not None and not record.is_over:
+                return True
+            self._refactoring_id = None
+            self._last_change_at = time.monotonic()
+        view = self._pipelines.view()
+        return view is None or view.is_changing
+
+    def _decide(self, policy: Policy, trigger: Trigger | None) -> Decision:
+        view = self._pipelines.view()
+        if view is None:
+            raise EngineUnavailableError("the pipeline is not up.")
+        profile = self._get_profile()
+        now = time.monotonic()
+        with self._watching:
+            demand = self._monitor.demand(
+                now,
+                num_waiting=view.num_waiting,
+                num_running=view.num_running,
+                prefix_hit_share=view.num_prefix_hit_tokens / max(1, view.num_prompt_tokens),
+            )
+            is_stalled = self._monitor.is_stalled
+            mean_latency_s = self._monitor.mean_latency_s(now)
+        if trigger is None:
+            trigger = trigger_of(demand, is_stalled=is_stalled, horizon_s=self._config.horizon_s)
+        state = PlannerState(
+            now=now,
+            demand=demand,
+            current=view.split,
+            devices=view.devices,
+            trigger=trigger,
+            last_change_at=self._last_change_at,
+            num_kv_tokens_in_use=view.num_kv_tokens_in_use,
+            mean_latency_s=mean_latency_s,
+            migration_bytes_per_s=self.max_bytes_per_s,
+        )
+        started = time.perf_counter()
+        decision = policy.decide(profile, state)
+        seconds = time.perf_counter() - started
+        return msgspec.structs.replace(decision, at=time.time(), decision_s=seconds)
+
+    def _carry_out(self, decision: Decision, chosen: Split) -> Decision:
+        self._last_change_at = time.monotonic()
+        current = decision.current.split
+        reason = f"planner: {decision.sentence}"[:MAX_REASON_CHARS]
+        try:
+            if chosen.num_pipelines != current.num_pipelines:
+                asyncio.run(self._pipelines.scale(ScaleRequest(pipelines=chosen.num_pipelines, reason=reason)))
+                self._note("planned", decision.sentence)
+                return decision
+            nodes = nodes_of(chosen, present=[device.node for device in current.devices])
+            request = RefactorRequest(boundaries=chosen.boundaries, nodes=nodes, reason=reason)
+            record = asyncio.run(self._pipelines.refactor(request))
+        except (ValueError, RefactorBusyError, EngineUnavailableError) as error:  # refused, in one way or another
+            self._note("plan_refused", f"{decision.sentence} But: {error}")
+            return decision
+        self._refactoring_id = record.id
+        self._note("planned", f"{record.id}: {decision.sentence}")
+        return msgspec.structs.replace(decision, refactoring_id=record.id)
+
+
+def _weights(config: PlannerConfig) -> PlannerWeights:
+    return PlannerWeights(
+        horizon_s=config.horizon_s,
+        margin=config.margin,
+        cool_down_s=config.cool_down_s,
+        max_stages=config.max_stages,
+        max_pipelines=config.max_pipelines,
+    )
