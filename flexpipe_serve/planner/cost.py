@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flexpipe_serve.planner.latency import TOKEN_BUDGET, SplitModel
+from flexpipe_serve.planner.latency import SplitModel
 from flexpipe_serve.planner.profile import StepShape
+from flexpipe_serve.planner.request_times import TOKEN_BUDGET, num_places
 from flexpipe_serve.planner.transition import Transition
 from flexpipe_serve.planner.types import Demand, PlannerState
 
@@ -47,9 +48,9 @@ def transition_cost(
         + copied_bytes / state.migration_bytes_per_s
     )
     extra_s = SLOWDOWN * latency_s
-    if duration_s > 0 and present.num_places and transition.num_kv_tokens < present.num_kv_tokens:
+    if duration_s > 0 and num_places(demand, transition.num_kv_tokens) < present.num_places:
         shrunk = SplitModel(present.steps, demand, max_kv_tokens=transition.num_kv_tokens)
-        longer_s = shrunk.latency_over(demand, duration_s) - present.latency_over(demand, duration_s)
+        longer_s = shrunk.latency_over(duration_s) - present.latency_over(duration_s)
         extra_s += min(max(0.0, longer_s), duration_s)
     cost_s = demand.rate * duration_s * extra_s
     if transition.share_replayed:

@@ -6,8 +6,8 @@ import heapq
 import math
 import random
 
-from flexpipe_serve.planner.latency import MAX_NUM_SEQS, TOKEN_BUDGET
 from flexpipe_serve.planner.profile import Curve, ModelProfile, StepShape
+from flexpipe_serve.planner.request_times import MAX_NUM_SEQS, TOKEN_BUDGET
 from flexpipe_serve.planner.types import Demand, PlannerState, Split, StageDevice, Trigger
 
 MIB = 2**20
@@ -138,8 +138,8 @@ class _Sequence:
 def simulate(
     profile: ModelProfile, split: Split, demand: Demand, *, num_requests: int, seed: int
 ) -> tuple[float, float, float]:
-    """Mean TTFT, time between tokens and latency of requests of equal lengths, step by step: decodes first, then chunks,
-    steps in flight as many as computes, each with its share of the sequences."""
+    """Mean TTFT, time between tokens and latency of requests of equal lengths, step by step: decodes first, then
+    chunks; as many steps in flight as computes, each with its share of the sequences."""
     rng = random.Random(seed)
     shape_parameter = 1 / demand.cv**2
     num_prompt, num_output = round(demand.prompt_tokens), round(demand.output_tokens)

@@ -1,0 +1,236 @@
+"""Splits worth weighing: numbers of stages and pipelines, devices, boundaries. Pure code."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from flexpipe_serve.planner.latency import SplitModel
+from flexpipe_serve.planner.memory import pipelines_of
+from flexpipe_serve.planner.partition import best_boundaries
+from flexpipe_serve.planner.profile import ModelProfile, StepShape
+from flexpipe_serve.planner.request_times import MAX_NUM_SEQS
+from flexpipe_serve.planner.step_times import StepTimes
+from flexpipe_serve.planner.transition import Transition
+from flexpipe_serve.planner.types import Demand, PlannerState, PlannerWeights, Split, StageDevice
+
+_FINE = 8
+"""More stages than this are looked at with one choice of devices and in wide steps."""
+_COUNTS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
+_CLOSE = 1.25
+"""Times and KV that differ by less than this factor ask for the same cuts."""
+
+
+class Candidate(NamedTuple):
+    """A split with what does not depend on the demand."""
+
+    split: Split
+    steps: StepTimes
+    transition: Transition
+    """From the present split."""
+
+
+class _Needs(NamedTuple):
+    """What cuts depend on."""
+
+    layer_s: float
+    embedding_s: float
+    head_s: float
+    num_kv_tokens: float
+
+    def is_close(self, other: _Needs) -> bool:
+        return all(a <= _CLOSE * b and b <= _CLOSE * a for a, b in zip(self, other, strict=True))
+
+
+class CandidateMaker:
+    """Finds candidates, and keeps them as long as devices, present split and demand stay much the same: cutting anew
+    takes milliseconds."""
+
+    def __init__(self, weights: PlannerWeights) -> None:
+        self._weights = weights
+        self._made_for: tuple[ModelProfile, Split, tuple[StageDevice, ...]] | None = None
+        self._needs: _Needs | None = None
+        self._candidates: list[Candidate] = []
+
+    def candidates(self, profile: ModelProfile, state: PlannerState, demand: Demand) -> list[Candidate]:
+        """The present split, then others.
+
+        Args:
+            demand: that is expected; boundaries are best for its steps.
+        """
+        made_for = (profile, state.current, state.devices)
+        if made_for != self._made_for:
+            self._made_for = made_for
+            self._needs = None
+            self._candidates = [_make(profile, state.current, state.current)]
+        present = SplitModel(self._candidates[0].steps, demand)
+        shape = present.mean_shape()
+        num_needed = max(1.0, demand.num_running + demand.num_waiting, present.num_present)
+        num_kv_tokens = num_needed * (demand.prompt_tokens + demand.output_tokens)
+        needs = _Needs(
+            profile.layer_seconds(shape),
+            profile.embedding.at(shape.num_tokens),
+            profile.head.at(shape.num_samples),
+            num_kv_tokens,
+        )
+        if self._needs is None or not needs.is_close(self._needs):
+            self._needs = needs
+            splits = self._splits(profile, state, demand, shape, int(num_kv_tokens))
+            self._candidates[1:] = [_make(profile, state.current, split) for split in splits]
+        return self._candidates
+
+    def _splits(
+        self, profile: ModelProfile, state: PlannerState, demand: Demand, shape: StepShape, num_kv_tokens: int
+    ) -> list[Split]:
+        found = {_key(state.current)}
+        splits = []
+        least = int(demand.prompt_tokens + demand.output_tokens) + 1
+        levels = (least, max(least, num_kv_tokens), MAX_NUM_SEQS * least)
+        for groups in device_choices(state, self._weights):
+            slowest = max(groups, key=lambda devices: sum(1 / device.speed for device in devices))
+            for boundaries in _cuts(profile, slowest, shape, levels):
+                split = Split(
+                    boundaries=boundaries,
+                    devices=tuple(device for devices in groups for device in devices),
+                    num_pipelines=len(groups),
+                )
+                if _key(split) not in found:
+                    found.add(_key(split))
+                    splits.append(split)
+        return splits
+
+
+def stage_counts(*, max_stages: int, present: int) -> list[int]:
+    """Numbers of stages to look at: all small ones, wide steps among large ones, and the neighbours of ``present``."""
+    counts = {*(count for count in _COUNTS if count <= max_stages), max_stages, present - 1, present, present + 1}
+    return sorted(count for count in counts if 1 <= count <= max_stages)
+
+
+def device_choices(state: PlannerState, weights: PlannerWeights) -> Iterator[list[tuple[StageDevice, ...]]]:
+    """Devices of each pipeline, in their stages' order; several pipelines only where each has computes of its own.
+
+    Of equals, the ones in use come first. A device takes a second stage when all computes have one.
+    """
+    present = {device.name: i for i, device in reversed(list(enumerate(state.current.devices)))}
+    rankings: list[Callable[[StageDevice], tuple[float, ...]]] = [
+        lambda device: (-device.speed, device.name not in present, present.get(device.name, 0)),
+        lambda device: (device.name not in present, -device.speed, present.get(device.name, 0)),
+        lambda device: (-device.memory_bytes, device.name not in present, present.get(device.name, 0)),
+    ]
+    for num_pipelines in range(1, weights.max_pipelines + 1):
+        pools = _pools(state, num_pipelines)
+        for count in stage_counts(max_stages=weights.max_stages, present=state.current.num_stages):
+            chosen: list[list[tuple[StageDevice, ...]]] = []
+            for rank in rankings if count <= _FINE else rankings[:1]:
+                groups = [_in_order(_choose(pool, count, rank), present) for pool in pools]
+                if groups and groups not in chosen:
+                    chosen.append(groups)
+            yield from chosen
+
+
+def _pools(state: PlannerState, num_pipelines: int) -> list[list[StageDevice]]:
+    """The devices that each pipeline may take: those of whole computes. Present pipelines keep theirs; empty where
+    there are too few computes."""
+    computes: dict[str, list[StageDevice]] = {}
+    for device in state.devices:
+        computes.setdefault(device.compute, []).append(device)
+    if num_pipelines == 1:
+        return [list(state.devices)]
+    if len(computes) < num_pipelines:
+        return []
+    pools: list[list[StageDevice]] = [[] for _ in range(num_pipelines)]
+    home = {}
+    present = pipelines_of(state.current)
+    if len(present) == num_pipelines:
+        home = {device.compute: i for i, devices in enumerate(present) for device in devices}
+    by_speed = sorted(computes, key=lambda name: -max(device.speed for device in computes[name]))
+    for name in sorted(by_speed, key=lambda name: name not in home):
+        poorest = min(range(num_pipelines), key=lambda i: sum(device.speed for device in pools[i]))
+        pools[home.get(name, poorest)] += computes[name]
+    return pools if all(pools) else []
+
+
+def _choose(
+    pool: Sequence[StageDevice], count: int, rank: Callable[[StageDevice], tuple[float, ...]]
+) -> list[StageDevice]:
+    num_on_compute: Counter[str] = Counter()
+    num_on_device: Counter[str] = Counter()
+    chosen = []
+    ranked = sorted(pool, key=rank)
+    for _ in range(count):
+        device = min(ranked, key=lambda d: (num_on_compute[d.compute], num_on_device[d.name]))
+        num_on_compute[device.compute] += 1
+        num_on_device[device.name] += 1
+        chosen.append(device)
+    return chosen
+
+
+def _in_order(devices: list[StageDevice], present: dict[str, int]) -> tuple[StageDevice, ...]:
+    """Those in use in their present order, stages of a node next to each other, so that few hops leave a node."""
+
+    def place(device: StageDevice) -> int:
+        return present.get(device.name, len(present))
+
+    first_of_node: dict[str, int] = {}
+    for device in devices:
+        first_of_node[device.node] = min(first_of_node.get(device.node, len(present)), place(device))
+    return tuple(sorted(devices, key=lambda d: (first_of_node[d.node], d.node, place(d), d.name)))
+
+
+def _cuts(
+    profile: ModelProfile, devices: tuple[StageDevice, ...], shape: StepShape, levels: tuple[int, ...]
+) -> Iterator[tuple[int, ...]]:
+    """The fastest cuts with room for each level of KV, and the cut with the most room where the highest does not fit.
+
+    Args:
+        levels: tokens of KV, rising.
+    """
+    fitting = 0
+    for level in levels:
+        boundaries = best_boundaries(profile, devices, shape, num_kv_tokens=level)
+        if boundaries is None:
+            break
+        fitting = level
+        yield boundaries
+        if level == levels[-1] or _has_room(profile, devices, boundaries, levels[-1]):
+            return
+    if not fitting or len(devices) > _FINE:
+        return
+    roomiest = None
+    while level > 1.05 * fitting:
+        middle = (fitting + level) // 2
+        boundaries = best_boundaries(profile, devices, shape, num_kv_tokens=middle)
+        if boundaries is None:
+            level = middle
+        else:
+            fitting, roomiest = middle, boundaries
+    if roomiest is not None:
+        yield roomiest
+
+
+def _has_room(
+    profile: ModelProfile, devices: tuple[StageDevice, ...], boundaries: tuple[int, ...], num_kv_tokens: int
+) -> bool:
+    return StepTimes(profile, Split(boundaries=boundaries, devices=devices)).num_kv_tokens >= num_kv_tokens
+
+
+def refusal(candidate: Candidate, state: PlannerState, demand: Demand) -> str | None:
+    """Why memory rules a candidate out, with the numbers; None where it does not."""
+    num_after = candidate.steps.num_kv_tokens
+    num_least = max(state.num_kv_tokens_in_use, math.ceil(demand.prompt_tokens + demand.output_tokens))
+    num_during = candidate.transition.num_kv_tokens
+    if num_after < num_least:
+        return f"room for {num_after} tokens of KV, but {num_least} are needed"
+    if num_during < num_least:
+        return f"room for {num_during} tokens of KV while both splits are held, but {num_least} are needed"
+    return None
+
+
+def _make(profile: ModelProfile, present: Split, split: Split) -> Candidate:
+    return Candidate(split, StepTimes(profile, split), Transition(profile, present, split))
+
+
+def _key(split: Split) -> tuple[tuple[int, ...], tuple[str, ...], int]:
+    return split.boundaries, tuple(device.name for device in split.devices), split.num_pipelines

@@ -1,0 +1,120 @@
+"""Whether a change pays: its gain over a horizon against its cost, with a margin, agreement and a cool-down. Pure code.
+
+FlexPipe scores without a cost, and PipeLive's own autoscaler lost to a static layout: it had no gate.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import msgspec
+
+from flexpipe_serve.planner.types import (
+    CandidateScore,
+    Demand,
+    PlannerState,
+    PlannerWeights,
+    Split,
+    Trigger,
+    Verdict,
+)
+from flexpipe_serve.planner.words import describe
+
+FEW_ARRIVALS = 10
+"""From fewer requests nothing can be told."""
+NUM_AGREEING = 3
+"""Decisions in a row that must have the same winner."""
+_LOOK_AHEAD_S = 30.0
+"""A rate goes on changing as it does for so long at most."""
+_NOISE_WINDOW_S = 15.0
+"""Over which a rate is told; what its change may be by chance follows from it."""
+
+
+def expected_demand(demand: Demand, horizon_s: float) -> Demand:
+    """The demand with its mean rate over the horizon, as far as its gradient tells (F16): changes that are no larger
+    than chance makes them are left out, and it neither doubles nor halves."""
+    ahead_s = min(horizon_s, _LOOK_AHEAD_S)
+    change = demand.rate_gradient * ahead_s * (1 - ahead_s / (2 * horizon_s))
+    by_chance = demand.cv * math.sqrt(demand.rate / _NOISE_WINDOW_S)
+    change = math.copysign(max(0.0, abs(change) - by_chance), change)
+    rate = min(max(demand.rate + change, demand.rate / 2), 2 * demand.rate)
+    return msgspec.structs.replace(demand, rate=rate)
+
+
+class Judgement(NamedTuple):
+    """What the gate says."""
+
+    verdict: Verdict
+    why: str
+
+
+class Gate:
+    """Remembers who won lately, and which way the pipeline changed last.
+
+    A split beyond its capacity is left for one within it whatever the margin says, and also within the cool-down,
+    unless the last change was for more capacity already: that one has to show its effect first.
+    """
+
+    def __init__(self, weights: PlannerWeights) -> None:
+        self._weights = weights
+        self._winner: tuple[object, ...] | None = None
+        self._num_agreed = 0
+        self._grew = False
+        """The last change was for more capacity."""
+
+    def note_change(self, *, grew: bool) -> None:
+        """The split in force is another one than before."""
+        self._grew = grew
+
+    def judge(
+        self, state: PlannerState, present: CandidateScore, best: CandidateScore | None, *, present_total_s: float
+    ) -> Judgement:
+        """Whether to go from ``present`` to ``best``, and why.
+
+        Args:
+            best: None where nothing is better.
+            present_total_s: latency of all requests over the horizon, if nothing changes.
+        """
+        weights = self._weights
+        if best is None:
+            self._agree(state, None)
+            return Judgement(Verdict.STAY, "nothing else would be faster")
+        margin_s = weights.margin * present_total_s
+        relieves = present.prediction.utilisation >= 1 > best.prediction.utilisation
+        words = describe(best.split, present=present.split)
+        numbers = (
+            f"{words} would save {best.gain_s:.3g} s of request latency over {weights.horizon_s:g} s, at a cost of"
+            f" {best.cost_s:.3g} s and a margin of {margin_s:.3g} s"
+        )
+        if relieves:
+            numbers += (
+                f", and sustain {best.prediction.max_rate:.3g} requests/s instead of"
+                f" {present.prediction.max_rate:.3g}, with {state.demand.rate:.3g} asked for"
+            )
+        if not relieves and best.gain_s <= best.cost_s + margin_s:
+            self._agree(state, None)
+            return Judgement(Verdict.STAY, numbers)
+        num_agreed = self._agree(state, best.split)
+        since_s = math.inf if state.last_change_at is None else state.now - state.last_change_at
+        if since_s < weights.cool_down_s and (self._grew or not relieves):
+            return Judgement(
+                Verdict.STAY,
+                f"{numbers}; but the last change was {since_s:.3g} s ago, less than {weights.cool_down_s:g} s",
+            )
+        is_urgent = relieves or state.trigger in (Trigger.STALL, Trigger.ASKED)
+        if not is_urgent and num_agreed < NUM_AGREEING:
+            return Judgement(Verdict.STAY, f"{numbers}; seen {num_agreed} times in a row, {NUM_AGREEING} are needed")
+        if state.trigger is not Trigger.ASKED:
+            self._grew = best.prediction.max_rate > present.prediction.max_rate
+            self._agree(state, None)
+        return Judgement(Verdict.MOVE, numbers)
+
+    def _agree(self, state: PlannerState, winner: Split | None) -> int:
+        """Decisions in a row that ``winner`` has won, this one included; where only the cuts differ it is the same one.
+        A dry run changes nothing."""
+        key = None if winner is None else (winner.num_pipelines, *(device.name for device in winner.devices))
+        num_agreed = self._num_agreed + 1 if key == self._winner else 1
+        if state.trigger is not Trigger.ASKED:
+            self._winner, self._num_agreed = key, num_agreed if winner is not None else 0
+        return num_agreed

@@ -1,0 +1,124 @@
+"""What decides: given the profile and the state, whether to change the pipeline and into what. Pure code."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from flexpipe_serve.planner.candidates import Candidate, CandidateMaker, refusal
+from flexpipe_serve.planner.cost import transition_cost
+from flexpipe_serve.planner.flexpipe_policy import FlexPipePolicy
+from flexpipe_serve.planner.gate import FEW_ARRIVALS, Gate, expected_demand
+from flexpipe_serve.planner.latency import SplitModel
+from flexpipe_serve.planner.profile import ModelProfile
+from flexpipe_serve.planner.step_times import StepTimes
+from flexpipe_serve.planner.types import (
+    CandidateScore,
+    Decision,
+    Demand,
+    PlannerState,
+    PlannerWeights,
+    Split,
+    Verdict,
+)
+from flexpipe_serve.planner.words import make_decision
+
+_CORRECTION = (0.5, 2.0)
+"""Measured over predicted latency; what is beyond has other causes than the model."""
+_NEVER = 10.0
+"""Horizons that a request waits which does not fit."""
+
+
+class Policy(Protocol):
+    """Decides; remembers between decisions only what it must."""
+
+    def decide(self, profile: ModelProfile, state: PlannerState) -> Decision:
+        """Stay or move, with the reasons. A dry run (trigger ``asked``) changes nothing in the policy. ``decision_s``
+        is the caller's to fill in."""
+        ...
+
+
+def make_policy(name: Literal["gated", "flexpipe"], weights: PlannerWeights) -> Policy:
+    """A policy that has seen nothing yet."""
+    return GatedPolicy(weights) if name == "gated" else FlexPipePolicy(weights)
+
+
+class GatedPolicy:
+    """Predicted gain over the horizon against predicted cost."""
+
+    def __init__(self, weights: PlannerWeights) -> None:
+        self._weights = weights
+        self._maker = CandidateMaker(weights)
+        self._gate = Gate(weights)
+        self._present: Split | None = None
+
+    def decide(self, profile: ModelProfile, state: PlannerState) -> Decision:
+        """See ``Policy``."""
+        demand = expected_demand(state.demand, self._weights.horizon_s)
+        candidates = self._maker.candidates(profile, state, demand)
+        self._notice_change(profile, state, demand, candidates[0])
+        present = SplitModel(candidates[0].steps, demand)
+        latency_s = self._latency_s(present)
+        correction = self._correction(candidates[0], state)
+        current = CandidateScore(split=state.current, prediction=present.predict(), score=0.0)
+        scores = [current]
+        for candidate in candidates[1:]:
+            scores.append(self._score(candidate, state, demand, present, latency_s, correction))
+        is_saturated = current.prediction.utilisation >= 1
+        # A way out of saturation comes before what saves more and is saturated too.
+        scores.sort(
+            key=lambda s: (s.refused is None, is_saturated and s.prediction.utilisation < 1, s.score), reverse=True
+        )
+        chosen = None
+        if demand.rate <= 0:
+            why = "nobody asks for anything"
+        elif demand.num_arrived < FEW_ARRIVALS:
+            why = f"{demand.num_arrived} requests so far tell too little"
+        else:
+            total_s = correction * latency_s * demand.rate * self._weights.horizon_s
+            best = scores[0] if scores[0] is not current else None
+            verdict, why = self._gate.judge(state, current, best, present_total_s=total_s)
+            if verdict is Verdict.MOVE:
+                chosen = scores[0].split
+        return make_decision("gated", state, current=current, candidates=scores, chosen=chosen, why=why)
+
+    def _score(
+        self,
+        candidate: Candidate,
+        state: PlannerState,
+        demand: Demand,
+        present: SplitModel,
+        latency_s: float,
+        correction: float,
+    ) -> CandidateScore:
+        model = SplitModel(candidate.steps, demand)
+        cost_s, duration_s = transition_cost(
+            candidate.transition, state, demand, present=present, latency_s=latency_s * correction
+        )
+        num_requests = demand.rate * max(0.0, self._weights.horizon_s - duration_s)
+        gain_s = correction * num_requests * (latency_s - self._latency_s(model))
+        return CandidateScore(
+            split=candidate.split,
+            prediction=model.predict(),
+            score=gain_s - cost_s,
+            gain_s=gain_s,
+            cost_s=cost_s,
+            refused=refusal(candidate, state, demand),
+        )
+
+    def _latency_s(self, model: SplitModel) -> float:
+        return min(model.latency_over(self._weights.horizon_s), _NEVER * self._weights.horizon_s)
+
+    def _correction(self, present: Candidate, state: PlannerState) -> float:
+        """Measured latency of late over what the model says of it. It goes for all splits alike: what slows one down
+        slows the others down."""
+        if state.mean_latency_s is None:
+            return 1.0
+        predicted_s = self._latency_s(SplitModel(present.steps, state.demand))
+        low, high = _CORRECTION
+        return min(max(state.mean_latency_s / predicted_s, low), high)
+
+    def _notice_change(self, profile: ModelProfile, state: PlannerState, demand: Demand, present: Candidate) -> None:
+        if self._present is not None and self._present != state.current:
+            before = SplitModel(StepTimes(profile, self._present), demand)
+            self._gate.note_change(grew=SplitModel(present.steps, demand).max_rate > before.max_rate)
+        self._present = state.current
