@@ -30,7 +30,14 @@ from flexpipe_serve.placement.nodes import find_node, mark_draining, short_name,
 from flexpipe_serve.placement.topology import Node, Topology
 from flexpipe_serve.refactor.feasibility import REFUSED
 from flexpipe_serve.refactor.manager import RefactorManager
-from flexpipe_serve.refactor.record import MAX_REASON_CHARS, Mode, RefactorPlan, RefactorRecord, RefactorRequest
+from flexpipe_serve.refactor.record import (
+    MAX_REASON_CHARS,
+    Mode,
+    Outcome,
+    RefactorPlan,
+    RefactorRecord,
+    RefactorRequest,
+)
 
 logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
@@ -195,9 +202,19 @@ class Drainer:
             with self._lock:
                 record = self._records.get(node.name)
             if record is not None and not record.is_over and not node.is_alive:
-                self._close(record, DrainState.LOST, "It was gone before it was empty; its layers come up elsewhere.")
+                self._take_end(record)
             elif node.is_alive and node.is_draining:
                 self._take_notice(node, record)
+
+    def _take_end(self, record: DrainRecord) -> None:
+        """Of a node that is gone: one that Ray drains ends as soon as it is empty."""
+        latest = self._refactorings.get(record.refactorings[-1]) if record.refactorings else None
+        if latest is not None and not latest.is_over:
+            return
+        if not record.stages or (latest is not None and latest.outcome is Outcome.DONE):
+            self._close(record, DrainState.EMPTY, "It held no stage any more, and has ended.")
+        else:
+            self._close(record, DrainState.LOST, "It was gone before it was empty; its layers come up elsewhere.")
 
     def _take_notice(self, node: Node, record: DrainRecord | None) -> None:
         """Of what Ray says: it will take the node away."""

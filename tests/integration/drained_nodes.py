@@ -1,0 +1,128 @@
+"""Run as a program: nodes of a Ray cluster of its own are emptied under load, and killed; the service goes on.
+
+Prints one JSON object for each drain, and ``same`` if every output was as before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import ray
+from engines import even_layout
+from loads import Load, load, make_requests, serve_all
+from ray._private.worker import global_worker
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+from served import wait_until
+from several_nodes import NUM_LAYERS, NativeHost
+
+from flexpipe_serve.config import KVConfig, LimitsConfig, ModelConfig, ServeArgs
+from flexpipe_serve.engine.assemble import build_engine
+from flexpipe_serve.engine.engine import Engine
+from flexpipe_serve.metrics import EngineMetrics
+from flexpipe_serve.pipeline.channel import CurveKeys
+from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
+
+DEADLINE_S = 20.0
+
+
+def preempt(node: str) -> None:
+    """What an autoscaler says of a node that the cloud takes back."""
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int((time.time() + DEADLINE_S) * 1000)
+    is_accepted, why = global_worker.gcs_client.drain_node(node, reason, "taken back", deadline_ms)
+    assert is_accepted, why
+
+
+def wait_until_over(engine: Engine, node: str) -> DrainRecord:
+    def over() -> DrainRecord | None:
+        return next((record for record in engine.drains() if record.node == node and record.is_over), None)
+
+    record = wait_until(over, timeout_s=60, what="an empty node")
+    assert isinstance(record, DrainRecord)
+    return record
+
+
+def nodes_of(engine: Engine) -> list[str]:
+    """The nodes of the stages in pipeline order."""
+    assert engine.layout is not None
+    return [engine._pipeline.node_of[name] for name in engine.layout.stages]
+
+
+def report(engine: Engine, record: DrainRecord, running: Load) -> None:
+    refactorings = [found for name in record.refactorings if (found := engine.refactoring(name)) is not None]
+    answer = {
+        "state": record.state,
+        "seconds": record.seconds,
+        "early_s": (record.deadline_at or 0.0) - record.requested_at - record.seconds,
+        "predicted_s": record.predicted_s,
+        "modes": [found.mode for found in refactorings],
+        "outcomes": [found.outcome for found in refactorings],
+        "errors": [found.error for found in refactorings],
+        "snapshot_bytes": sum(found.snapshot_bytes for found in refactorings),
+        "num_stages_there": nodes_of(engine).count(record.node),
+        "num_served": running.num_served,
+    }
+    print(json.dumps(answer), flush=True)
+
+
+def go_on_without(engine: Engine, node: str, running: Load) -> None:
+    """The node has ended, requests are answered as ever, and nobody noticed."""
+    wait_until(
+        lambda: not any(known["Alive"] for known in ray.nodes() if known["NodeID"] == node),
+        timeout_s=60,
+        what="the node's end",
+    )
+    num_served = running.num_served
+    wait_until(lambda: running.num_served > num_served + 8, timeout_s=60, what="further answers")
+    assert "stage_lost" not in [event["kind"] for event in engine.events()]
+
+
+def main(model: str) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    workers = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+    cluster.wait_for_nodes()
+    here = ray.get_runtime_context().get_node_id()
+    named, taken = (worker.node_id for worker in workers)
+    args = ServeArgs(
+        model=ModelConfig(source=model), memory_budget=64 << 30, kv=KVConfig(block_size=4, max_tokens=2000)
+    )
+    engine, _ = build_engine(
+        args,
+        host=NativeHost(uuid.uuid4().hex, [here, named]),
+        domain_key=uuid.uuid4().hex,
+        device="cpu",
+        num_cores=2,
+        metrics=EngineMetrics(app="test", model="test"),
+        limits=LimitsConfig(),
+        keys=CurveKeys.generate(),
+    )
+    try:
+        engine.start(even_layout(NUM_LAYERS, 2))
+        assert nodes_of(engine) == [here, named]
+        requests = make_requests(random.Random(2), 12)
+        expected = serve_all(engine, requests)
+        with load(engine, requests, expected) as running:
+            asyncio.run(engine.drain(DrainRequest(node=named, deadline_s=DEADLINE_S)))
+            report(engine, wait_until_over(engine, named), running)
+            cluster.remove_node(workers[0], allow_graceful=False)
+            go_on_without(engine, named, running)
+            preempt(taken)
+            report(engine, wait_until_over(engine, taken), running)
+            go_on_without(engine, taken, running)  # Ray ends it once it is empty
+        print("same")
+    finally:
+        engine.stop()
+        ray.shutdown()
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(str(Path(sys.argv[1])))
