@@ -51,6 +51,9 @@ def best_boundaries(
     problem = _make_problem(profile, devices, shape, num_kv_tokens=num_kv_tokens)
     if problem.num_layers < problem.num_stages:
         return None
+    if len(problem.last_of_compute) == 1:  # the total is the bottleneck
+        found = _search(problem, problem.bounds()[-1], by_total=True)
+        return None if found is None else found.boundaries
     for bound in problem.bounds():
         found = _search(problem, bound, by_total=False)
         if found is not None:

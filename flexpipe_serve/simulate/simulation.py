@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import msgspec
 
@@ -18,6 +17,7 @@ from flexpipe_serve.engine.scheduler_config import SchedulerConfig
 from flexpipe_serve.errors import ConfigError, InvalidRequestError, RefactorRefusedError
 from flexpipe_serve.planner.demand import DemandMonitor, trigger_of
 from flexpipe_serve.planner.memory import num_kv_tokens, pipelines_of
+from flexpipe_serve.planner.policy import Policy
 from flexpipe_serve.planner.profile import ModelProfile
 from flexpipe_serve.planner.types import Decision, PlannerState, Split, StageDevice, Verdict
 from flexpipe_serve.simulate.events import EventQueue, Server
@@ -26,14 +26,6 @@ from flexpipe_serve.simulate.refactoring import RefactoringTimes, SimulatedRefac
 from flexpipe_serve.simulate.result import Sample, SimulatedChange, SimulatedRequest, SimulationResult
 
 _NO_LIMIT = 1 << 40
-
-
-class Policy(Protocol):
-    """What :func:`flexpipe_serve.planner.policy.make_policy` makes."""
-
-    def decide(self, profile: ModelProfile, state: PlannerState) -> Decision:
-        """Stay or move."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
