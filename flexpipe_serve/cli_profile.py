@@ -162,6 +162,8 @@ def _parts_table(profile: ModelProfile) -> Table:
         "the Router's part of a step": f"{1e3 * profile.step_s:.2f} ms",
         "loading weights": f"{profile.load_bytes_per_s / 1e6:.0f} MB/s",
     }
+    if profile.cached_load_bytes_per_s is not None:
+        rows["loading weights from the host cache"] = f"{profile.cached_load_bytes_per_s / 1e6:.0f} MB/s"
     for name, value in rows.items():
         table.add_row(name, value)
     return table

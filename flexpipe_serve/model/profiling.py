@@ -34,6 +34,7 @@ from flexpipe_serve.model.source import ModelSpec, dtype_size, load_spec
 from flexpipe_serve.pipeline.channel import Endpoint
 from flexpipe_serve.pipeline.stage_types import Assignment, StageSetup
 from flexpipe_serve.pipeline.step_compute import Hidden, StepComputer
+from flexpipe_serve.placement.host_cache import HostCache
 from flexpipe_serve.planner.profile import ModelProfile
 
 _BLOCK_SIZE = 16
@@ -47,7 +48,7 @@ _CONTEXT = 16
 _SHARE_S = 0.3
 """Time for each kind of step."""
 _MIN_REPEATS, _MAX_REPEATS = 5, 40
-_NUM_RELOADS = 3
+_NUM_RELOADS = 5
 _REPRESENTATIVE = 8
 """Sequences of the step that compares kinds of layers."""
 
@@ -93,8 +94,8 @@ def profile_model(
             stage, [*probes, *held_out], on_progress=lambda share: on_progress("steps", 0.1 + 0.65 * share)
         )
         others_share = others.share()
-        load_bytes_per_s = stage.measure_loading()
         layer_scale = stage.measure_kinds()
+        load_bytes_per_s, cached_load_bytes_per_s = stage.measure_loading()
     fitted = [_measured(probe, seconds[probe]) for probe in probes]
     times = fit_times(fitted, layer_scale=layer_scale)
     on_progress("hops between processes", 0.75)
@@ -122,6 +123,7 @@ def profile_model(
         kv_bytes_per_token=spec.kv_bytes_per_token(dtype),
         activation_bytes_per_token=spec.hidden_size * dtype_size(dtype),
         load_bytes_per_s=load_bytes_per_s,
+        cached_load_bytes_per_s=cached_load_bytes_per_s,
         others_share=others_share,
     )
     held = msgspec.structs.replace(profile, layer_scale=layer_scale[: stage.num_layers])
@@ -264,16 +266,26 @@ class ProbedStage:
         self._computer.run(assignment, batch, given, kv=self._kv, num_blocks=self._kv.num_blocks, held_seconds=0.0)
         return time.perf_counter() - started
 
-    def measure_loading(self) -> float:
-        """Bytes a second of reading and packing a layer that the system's page cache has."""
+    def measure_loading(self) -> tuple[float, float | None]:
+        """Bytes a second of having a layer ready, from the system's page cache and from the host cache; None where that
+        has no room. The stage holds nothing but a layer afterwards."""
         model = self._computer.model
+        model.keep([0])
+        from_disk = self._reload_rate()
+        cache = HostCache(self.folder, key=model.weights_key)
+        model.use_cache(cache)
+        model.fill_cache(between=_nothing)
+        return from_disk, self._reload_rate() if cache.use().num_parts else None
+
+    def _reload_rate(self) -> float:
+        model = self._computer.model
+        num_bytes = model.weights_bytes
         rates = []
         for _ in range(_NUM_RELOADS):
-            model.keep(range(1, self._spec.num_layers), embedding=True, head=True)
-            before = model.weights_bytes
+            model.keep(())
             started = time.perf_counter()
             model.load([0])
-            rates.append((model.weights_bytes - before) / (time.perf_counter() - started))
+            rates.append(num_bytes / (time.perf_counter() - started))
         return float(np.quantile(rates, 0.75))
 
     def measure_kinds(self) -> tuple[float, ...]:

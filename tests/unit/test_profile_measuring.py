@@ -39,7 +39,10 @@ def test_all_steps_run_on_a_model_that_permits_short_sequences_only(tmp_path: Pa
             # Or the fit would look for the wrong parts in it.
             assert probe not in held_out or probe.is_first == (probe.start == 0)
             assert probe not in held_out or probe.is_last == (probe.stop == num_layers)
-        assert stage.measure_loading() > 0
+        from_disk, from_cache = stage.measure_loading()
+        assert from_disk > 0
+        assert from_cache is not None
+        assert from_cache > 0
         assert stage.folder.is_dir()
     assert not stage.folder.exists()
 
