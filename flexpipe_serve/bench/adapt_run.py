@@ -164,10 +164,6 @@ class AdaptSession:
         latencies = [request.end_s - request.start_s for request in wave.requests]
         return Alone.fit(list(zip(workload, latencies, strict=True)))
 
-    async def closed_loop(self, workload: Sequence[Arrival], prompts: Sequence[str], *, concurrency: int) -> Wave:
-        """The requests, so many at once. Raises ConfigError where one fails."""
-        return await self._wave(workload, prompts, concurrency=concurrency)
-
     async def run(
         self, variant: Variant, workload: Sequence[Arrival], prompts: Sequence[str], *, repeat: int
     ) -> AdaptRun:

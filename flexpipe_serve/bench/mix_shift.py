@@ -1,0 +1,282 @@
+"""``flexpipe bench mix-shift``: the kind of request changes, and two unequal stages must be cut anew (PipeLive).
+
+The first stage is slow and has much memory, the second is fast and has little. Each has half of the machine's cores to
+itself; the slow one is emulated: it rests after each step so that it computes for --slow-share of the time. Requests
+with long prompts and short outputs want most layers on the fast stage. Requests with short prompts and long outputs
+want KV for many sequences, so layers must leave the stage that has little memory.
+
+1. A first server, with plentiful KV, tells what weights, processes and KV blocks take. The fast stage's budget is what
+   it takes with the layers from --boundary on, and KV for --sequences of the longest requests; the slow stage's is the
+   one that never limits, up to the boundary that leaves the fast stage room for --growth times as many.
+2. On a second server with these budgets, every boundary of the sweep (--sweep; default: from --boundary to that one,
+   and the even split) is measured with both kinds of request in a closed loop. A table says where the best ones are.
+3. Both kinds come one after the other, each at --load times what the best boundary for it sustains, to: the even split
+   (balanced), the best static splits of both kinds, the planner with each policy (from the even split on), and
+   PipeLive's own script, which begins with the first kind's best split and is told to change to the second's when the
+   requests change.
+
+The composite is PipeLive's mean of three scores: mean TTFT, mean TPOT and tokens/s, each in units of the best
+variant's. Requests of the first --lead-in seconds do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+
+from rich.console import Console
+from rich.markup import escape
+
+from flexpipe_serve.bench.adapt import describe, policies
+from flexpipe_serve.bench.adapt_report import TraceResult, Yardstick
+from flexpipe_serve.bench.adapt_run import AdaptSession, Variant
+from flexpipe_serve.bench.adapt_server import (
+    add_server_arguments,
+    compare_answers,
+    make_prompts,
+    running_session,
+    settings_of,
+)
+from flexpipe_serve.bench.adapt_trace import WorkloadFacts
+from flexpipe_serve.bench.arrivals import Arrival
+from flexpipe_serve.bench.mix_shift_plan import Mix, SweepPoint, best_boundary, shifting_arrivals
+from flexpipe_serve.bench.mix_shift_report import render, sweep_table, to_json
+from flexpipe_serve.bench.prompts import PromptBuilder
+from flexpipe_serve.bench.refactor_report import is_tie
+from flexpipe_serve.bench.report import machine
+from flexpipe_serve.bench.resize_plan import ResizePlan, plan_resize
+from flexpipe_serve.bench.resize_run import calibrate
+from flexpipe_serve.bench.serve import positive_int
+from flexpipe_serve.bench.server import adapt_config, default_log, read_config
+from flexpipe_serve.errors import ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError
+from flexpipe_serve.model.demo import ensure_demo
+from flexpipe_serve.private_cluster import interruptible
+
+BALANCED = "balanced"
+_LOOK_AT = 8
+"""Requests of each kind, at once, while memory is looked at."""
+_LOOK_AT_OUTPUT = 16
+_NUM_ALONE = 2
+_ROUNDS_OF_SWEEP = 2
+"""Requests for each place of the closed loop."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``flexpipe bench mix-shift``."""
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    stages = parser.add_argument_group("stages")
+    stages.add_argument(
+        "--slow-share", type=float, default=0.5, metavar="X", help="speed of the slow one (default 0.5)"
+    )
+    stages.add_argument("--boundary", type=positive_int, default=13, metavar="N", help="lowest boundary (default 13)")
+    stages.add_argument("--sequences", type=positive_int, default=1, metavar="N", help="that fit there (default 1)")
+    stages.add_argument("--growth", type=float, default=12.0, metavar="X", help="at the highest one (default 12)")
+    stages.add_argument("--sweep", type=_numbers, metavar="LIST", help="boundaries to measure; see above")
+    stages.add_argument(
+        "--policies", type=policies, default=("flexpipe", "gated"), metavar="LIST", help="of flexpipe,gated"
+    )
+    load = parser.add_argument_group("load")
+    load.add_argument(
+        "--first", type=_mix, default=_mix("256+8"), metavar="P+O", help="prompt + output (default 256+8)"
+    )
+    load.add_argument("--second", type=_mix, default=_mix("32+224"), metavar="P+O", help="likewise (default 32+224)")
+    load.add_argument("--load", type=float, default=0.9, metavar="X", help="of the best capacity (default 0.9)")
+    load.add_argument("--duration", type=float, default=90.0, metavar="S", help="of what counts (default 90)")
+    load.add_argument("--lead-in", type=float, default=10.0, metavar="S", help="before that (default 10)")
+    load.add_argument("--cv", type=float, default=0.1, help="of the gaps between requests (default 0.1, as PipeLive)")
+    load.add_argument("--concurrency", type=positive_int, default=16, metavar="N", help="of the sweep (default 16)")
+    load.add_argument("--slo-factor", type=float, default=5.0, metavar="X", help="times the latency alone (default 5)")
+    load.add_argument("--repeats", type=positive_int, default=1, metavar="N", help="of all variants (default 1)")
+    load.add_argument("--only-sweep", action="store_true", help="measure the boundaries, and no more")
+    add_server_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the experiment.
+
+    Returns:
+        0; 1 if a request was lost, or answered otherwise than in the first run without a tie; 2 if it cannot be
+        measured.
+    """
+    console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 200
+    try:
+        experiment = _Experiment(args, console)
+        with interruptible():
+            with contextlib.suppress(KeyboardInterrupt):
+                asyncio.run(experiment.run())
+            experiment.write()
+        return int(not experiment.is_good)
+    except (ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError) as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}")
+        return 2
+
+
+class _Experiment:
+    def __init__(self, args: argparse.Namespace, console: Console) -> None:
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) < 2:
+            raise ConfigError(
+                f"this process may use {len(cores)} core; the experiment needs one for each of two stages"
+            )
+        half = len(cores) // 2
+        self._args = args
+        self._console = console
+        self._mixes: tuple[Mix, Mix] = (args.first, args.second)
+        self._builder = PromptBuilder(args.tokenizer or ensure_demo())
+        self._log = args.server_log or default_log()
+        self._stage_cpus = {
+            "stage-0": {"cores": cores[:half], "share": args.slow_share},
+            "stage-1": {"cores": cores[half : 2 * half]},
+        }
+        self._points: list[SweepPoint] = []
+        self._result: TraceResult | None = None
+        self._is_whole = False
+
+    @property
+    def is_good(self) -> bool:
+        """Whether all that was asked for was done, nothing was lost, and what was said is the same."""
+        result = self._result
+        return self._is_whole and (
+            result is None
+            or (
+                not any(request.error is not None for run in result.runs for request in run.wave.requests)
+                and all(is_tie(difference.logprob_gap) for _, difference in result.differences)
+            )
+        )
+
+    async def run(self) -> None:
+        """The three parts."""
+        args = self._args
+        plan = await self._plan()
+        server_args = {
+            "kv": {"domain": "stage"},
+            "stage_cpus": self._stage_cpus,
+            "memory_budget": {f"stage-{index}": size for index, size in enumerate(plan.budgets)},
+        }
+        user_config = {"layout": {"boundaries": [plan.new]}, "warm_stages": 0}
+        async with running_session(args, self._builder, server_args=server_args, user_config=user_config) as session:
+            even = (await session.handle.status())["layout"]["num_layers"] // 2
+            await self._sweep(session, sorted({*(args.sweep or range(plan.old, plan.new + 1)), even}))
+            self._console.print(sweep_table(self._points, self._mixes))
+            if not args.only_sweep:
+                if args.policies:
+                    await session.wait_for_profile(self._console.print)
+                await self._compare(session, even)
+        self._is_whole = True
+
+    async def _plan(self) -> ResizePlan:
+        """Budgets, from what a server with plentiful KV takes."""
+        args = self._args
+        longest = max(mix.num_tokens for mix in self._mixes)
+        config = adapt_config(
+            read_config(args.config),
+            args={
+                "kv": {"domain": "stage", "prefix_cache": False, "max_tokens": 4 * _LOOK_AT * longest},
+                "stage_cpus": self._stage_cpus,
+            },
+            user_config={"layout": {"stages": 2}, "warm_stages": 0},
+        )
+        requests = [
+            Arrival(0.0, mix.num_prompt_tokens, min(mix.num_output_tokens, _LOOK_AT_OUTPUT))
+            for _ in range(_LOOK_AT)
+            for mix in self._mixes
+        ]
+        prompts = make_prompts(self._builder, requests, seed=(args.seed, 0))
+        self._console.print(f"looking at memory with plentiful KV (log of the servers: {self._log})")
+        calibration = await calibrate(config, requests, prompts, num_few=_LOOK_AT, log=self._log)
+        profile = calibration.profile
+        num_blocks = args.sequences * -(-longest // profile.block_size)
+        plan = plan_resize(profile, old=args.boundary, num_blocks=num_blocks, growth=args.growth)
+        self._console.print(
+            f"budgets: slow stage (emulated, {args.slow_share:g} of a core's time) {plan.budgets[0] / 2**20:.0f} MiB,"
+            f" fast stage {plan.budgets[1] / 2**20:.0f} MiB; KV blocks of {profile.block_size} tokens:"
+            f" {plan.old_blocks} with boundary {plan.old}, {plan.new_blocks} with {plan.new}"
+        )
+        return plan
+
+    async def _sweep(self, session: AdaptSession, boundaries: list[int]) -> None:
+        concurrency = self._args.concurrency
+        for boundary in boundaries:
+            await session.take(Variant(f"boundary {boundary}", (boundary,)))
+            rates = {}
+            for index, mix in enumerate(self._mixes):
+                requests = mix.requests(_ROUNDS_OF_SWEEP * concurrency)
+                prompts = make_prompts(self._builder, requests, seed=(self._args.seed, 1 + index))
+                rates[mix.name] = await session.capacity(requests, prompts, concurrency=concurrency)
+            num_blocks = (await session.handle.status())["kv"]["num_blocks"]
+            self._points.append(SweepPoint(boundary, num_blocks, rates))
+            shown = ", ".join(f"{rate:.3f} requests/s of {name}" for name, rate in rates.items())
+            self._console.print(f"boundary {boundary}: {num_blocks} KV blocks, {shown}")
+
+    async def _compare(self, session: AdaptSession, even: int) -> None:
+        args = self._args
+        first, second = (best_boundary(self._points, mix) for mix in self._mixes)
+        half_s = args.duration / 2
+        rates = [args.load * max(point.per_s[mix.name] for point in self._points) for mix in self._mixes]
+        phases = [(self._mixes[0], rates[0], args.lead_in + half_s), (self._mixes[1], rates[1], half_s)]
+        workload = shifting_arrivals(phases, cv=args.cv, seed=args.seed)
+        prompts = make_prompts(self._builder, workload, seed=(args.seed, 3))
+        statics = {BALANCED: even, f"best for {self._mixes[0].name}": first, f"best for {self._mixes[1].name}": second}
+        variants = [Variant(name, (boundary,)) for name, boundary in statics.items()]
+        variants += [Variant(policy, (even,), policy) for policy in args.policies]
+        if first != second:
+            variants.append(Variant("scripted", (first,), moves=((args.lead_in + half_s, (second,)),)))
+        await session.take(variants[0])
+        some = [arrival for mix in self._mixes for arrival in mix.requests(_NUM_ALONE)]
+        alone = await session.alone(some, make_prompts(self._builder, some, seed=(args.seed, 4)))
+        counted = [
+            Arrival(each.at_s - args.lead_in, each.num_prompt_tokens, each.num_output_tokens)
+            for each in workload
+            if each.at_s >= args.lead_in
+        ]
+        by_boundary = {point.boundary: point for point in self._points}
+        self._result = result = TraceResult(
+            name=f"{self._mixes[0].name} to {self._mixes[1].name}",
+            workload=workload,
+            facts=WorkloadFacts.of(counted, duration_s=args.duration),
+            yardstick=Yardstick({name: min(by_boundary[b].per_s.values()) for name, b in statics.items()}, alone),
+            lead_in_s=args.lead_in,
+            duration_s=args.duration,
+            slo_s=None,
+            slo_factor=args.slo_factor,
+        )
+        for repeat in range(args.repeats):
+            for variant in variants if repeat % 2 == 0 else reversed(variants):
+                run = await session.run(variant, workload, prompts, repeat=repeat)
+                result.runs.append(run)
+                self._console.print(escape(describe(run)))
+        result.differences = await compare_answers(result.runs, session, workload, prompts)
+        self._console.print(render(result, shift_s=args.lead_in + half_s))
+
+    def write(self) -> None:
+        """JSON and picture of what was measured."""
+        args, result = self._args, self._result
+        if args.json is not None and self._points:
+            data = {"version": 1, "settings": settings_of(args), "machine": machine()}
+            data |= to_json(self._points, result, shift_s=args.lead_in + args.duration / 2)
+            args.json.write_text(json.dumps(data) + "\n")
+            self._console.print(f"wrote {args.json}")
+        if args.plot is not None and result is not None and result.runs:
+            from flexpipe_serve.bench.adapt_plot import save_plot  # only now: matplotlib takes its time to import
+
+            save_plot(result, args.plot)
+            self._console.print(f"wrote {args.plot}")
+
+
+def _mix(text: str) -> Mix:
+    try:
+        prompt, output = (int(part) for part in text.split("+"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 256+8") from None
+    if prompt < 1 or output < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} has fewer than 1 prompt token or 2 output tokens")
+    return Mix(text, prompt, output)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(positive_int(part) for part in text.split(","))
