@@ -10,6 +10,7 @@ from flexpipe_serve.deployments.context import context_of, json_response
 from flexpipe_serve.deployments.errors import ApiError, shorten
 from flexpipe_serve.deployments.openapi import answer, errors, request_body
 from flexpipe_serve.deployments.protocol import EventList, RefactorList
+from flexpipe_serve.engine.scale_record import ScaleRecord, ScaleRequest
 from flexpipe_serve.errors import ConfigError, RefactorRefusedError
 from flexpipe_serve.refactor.record import Outcome, RefactorRecord, RefactorRequest
 
@@ -80,6 +81,22 @@ async def cancel_refactoring(request: Request, refactoring_id: str) -> Response:
     """Ask a refactoring to stop: before the switch the old layout serves on, after it this is without effect."""
     record = context_of(request).get_engine().cancel_refactoring(refactoring_id)
     return json_response(_found(record, refactoring_id), status=202)
+
+
+@router.post(
+    "/scale",
+    tags=["pipeline"],
+    responses=answer(200, ScaleRecord, "What serves now") | errors(400, 401, 409, 413, 500, 503),
+    openapi_extra=request_body(ScaleRequest),
+)
+async def scale(request: Request) -> Response:
+    """Let pipelines come and go while they serve, also of unequal granularity; answers when they have."""
+    context = context_of(request)
+    body = await read_body(request, max_bytes=context.get_limits().max_body_bytes)
+    try:
+        return json_response(await context.get_engine().scale(decode(body, ScaleRequest)))
+    except ConfigError as error:  # no layout of this model
+        raise RefactorRefusedError(str(error)) from None
 
 
 def _found(record: RefactorRecord | None, refactoring_id: str) -> RefactorRecord:

@@ -19,8 +19,8 @@ from flexpipe_serve.config import ServeArgs, UserConfig, parse
 from flexpipe_serve.deployments.api import create_app
 from flexpipe_serve.deployments.asgi_call import call
 from flexpipe_serve.deployments.limits import HttpLimits
-from flexpipe_serve.engine.assemble import build_engine, layout_of, model_name
-from flexpipe_serve.engine.engine import Engine
+from flexpipe_serve.engine.assemble import layout_of, make_engine_maker, model_name
+from flexpipe_serve.engine.fleet import Fleet
 from flexpipe_serve.errors import ConfigError, EngineUnavailableError
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.model.source import ModelSpec
@@ -51,18 +51,18 @@ class Router:
     """
 
     def __init__(self, args: dict[str, Any]) -> None:
-        self._engine: Engine | None = None  # first: __del__ needs it, whatever fails below
+        self._fleet: Fleet | None = None  # first: __del__ needs it, whatever fails below
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._args = parse(ServeArgs, args)
         self._api_keys = _resolve_keys(self._args.api_keys)
         self._spec: ModelSpec | None = None
         self._user_config = UserConfig()
         # Whoever reaches the replica through Ray may do anything, so no keys are asked for.
-        self._app_for_handles = create_app(self._get_engine, get_limits=self._get_limits)
+        self._app_for_handles = create_app(self._get_fleet, get_limits=self._get_limits)
         self._layout_change: Future[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self._get_engine, get_limits=self._get_limits, api_keys=self._api_keys)
+        return create_app(self._get_fleet, get_limits=self._get_limits, api_keys=self._api_keys)
 
     async def request(self, method: str, path: str, body: bytes) -> AsyncGenerator[Head | bytes]:
         """What the HTTP API answers, for handles: its status and headers, then its body in pieces."""
@@ -75,7 +75,7 @@ class Router:
 
         A later one that is wrong is refused in the log and in ``/flexpipe/status``; the replica goes on as it was.
         """
-        if self._engine is None:
+        if self._fleet is None:
             config = parse(UserConfig, user_config)
             await asyncio.to_thread(self._start, config)
             self._user_config = config
@@ -87,41 +87,47 @@ class Router:
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises; a lost stage is no reason, the engine replaces that itself."""
-        if self._engine is not None:
-            self._engine.check_alive()
+        if self._fleet is not None:
+            self._fleet.check_alive()
 
     def __del__(self) -> None:
-        if self._engine is not None:
-            self._engine.stop()
+        if self._fleet is not None:
+            self._fleet.stop()
 
     def _start(self, config: UserConfig) -> None:
         context = serve.get_replica_context()
         device = self._args.device
         if device == "auto":
             device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
-        engine, spec = build_engine(
+        maker = make_engine_maker(
             self._args,
             host=RayStageHost(context.app_name),
             domain_key=f"{ray.get_runtime_context().gcs_address}/{context.app_name}",
             device=device,
             num_cores=len(os.sched_getaffinity(0)),
-            metrics=EngineMetrics(app=context.app_name, model=model_name(self._args)),
             limits=config.limits,
             keys=_curve_keys(context.app_name),
         )
-        _set_limits(engine, config)
-        engine.start(layout_of(config.layout, num_layers=spec.num_layers))
-        self._engine, self._spec = engine, spec
+        fleet = Fleet(
+            maker,
+            make_metrics=lambda number: EngineMetrics(
+                app=context.app_name, model=model_name(self._args), pipeline=number
+            ),
+        )
+        _set_limits(fleet, config)
+        layout = layout_of(config.layout, num_layers=maker.num_layers)
+        fleet.start(layout, num_pipelines=config.pipelines)
+        self._fleet, self._spec = fleet, maker.spec
 
     def _change(self, config: UserConfig) -> None:
-        assert self._engine is not None
+        assert self._fleet is not None
         assert self._spec is not None
         layout = layout_of(config.layout, num_layers=self._spec.num_layers)
-        self._engine.config_error = None
+        self._fleet.config_error = None
         self._user_config = config
-        _set_limits(self._engine, config)
+        _set_limits(self._fleet, config)
         # Not awaited: while layers move, the next user_config must be able to come through.
-        self._layout_change = self._engine.set_layout(layout)
+        self._layout_change = self._fleet.set_layout(layout, num_pipelines=config.pipelines)
         self._layout_change.add_done_callback(self._on_layout_changed)
 
     def _on_layout_changed(self, change: Future[None]) -> None:
@@ -132,14 +138,14 @@ class Router:
             self._refuse(error)
 
     def _refuse(self, error: BaseException) -> None:
-        assert self._engine is not None
+        assert self._fleet is not None
         logger.error("user_config refused, what was in force stays: %s", error)
-        self._engine.config_error = str(error)
+        self._fleet.config_error = str(error)
 
-    def _get_engine(self) -> Engine:
-        if self._engine is None:
+    def _get_fleet(self) -> Fleet:
+        if self._fleet is None:
             raise EngineUnavailableError("The model is still being loaded.")
-        return self._engine
+        return self._fleet
 
     def _get_limits(self) -> HttpLimits:
         limits = self._user_config.limits
@@ -156,9 +162,9 @@ def build(args: dict[str, Any]) -> serve.Application:
     return Router.bind(args)  # type: ignore[attr-defined]
 
 
-def _set_limits(engine: Engine, config: UserConfig) -> None:
-    engine.set_max_waiting(config.limits.max_waiting)
-    engine.set_refactor_limits(
+def _set_limits(fleet: Fleet, config: UserConfig) -> None:
+    fleet.set_max_waiting(config.limits.max_waiting)
+    fleet.set_refactor_limits(
         max_bytes_per_s=float(config.refactor.max_bytes_per_s), num_warm_stages=config.warm_stages
     )
 

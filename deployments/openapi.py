@@ -23,6 +23,7 @@ from flexpipe_serve.deployments.protocol import (
     TokenizeAnswer,
     TokenizeRequest,
 )
+from flexpipe_serve.engine.scale_record import ScaleRecord, ScaleRequest
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
 from flexpipe_serve.planner.types import Decision
 from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
@@ -45,6 +46,8 @@ _STRUCTS = (
     RefactorList,
     RefactorRecord,
     RefactorRequest,
+    ScaleRecord,
+    ScaleRequest,
     TokenizeAnswer,
     TokenizeRequest,
 )

@@ -220,6 +220,12 @@ class UserConfig(_Strict):
     """``user_config`` of the Router deployment: ``serve deploy`` applies a change to the running replica."""
 
     layout: LayoutConfig = Field(default_factory=lambda: LayoutConfig(stages=2), description="The split.")
+    pipelines: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="How many pipelines serve the model at once, each with this layout; they share the memory budgets.",
+    )
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Admission limits.")
     refactor: RefactorConfig = Field(default_factory=RefactorConfig, description="Limits of refactorings.")
     planner: PlannerConfig = Field(default_factory=PlannerConfig, description="Changes that nobody asks for.")

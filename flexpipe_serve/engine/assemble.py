@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
-from flexpipe_serve.config import LayoutConfig, LimitsConfig, ServeArgs
+from flexpipe_serve.config import LayoutConfig, LimitsConfig, ServeArgs, StageCpus
 from flexpipe_serve.engine.client import ModelCard
 from flexpipe_serve.engine.engine import Engine, OnLost
 from flexpipe_serve.engine.scheduler_config import SchedulerConfig
@@ -17,9 +18,9 @@ from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.model.source import ModelSpec, load_spec, resolve_source
 from flexpipe_serve.model.tokenizer import ModelTokenizer
-from flexpipe_serve.pipeline.budget import KVBudget
+from flexpipe_serve.pipeline.budget import DomainUse, KVBudget
 from flexpipe_serve.pipeline.channel import CurveKeys
-from flexpipe_serve.pipeline.layout import Layout, even_boundaries, make_layout
+from flexpipe_serve.pipeline.layout import Layout, even_boundaries, make_layout, stage_prefix
 from flexpipe_serve.pipeline.pipeline import Pipeline
 from flexpipe_serve.pipeline.stage_types import StageHost, StageSetup
 from flexpipe_serve.refactor.feasibility import ModelWeights
@@ -56,7 +57,91 @@ def build_engine(
     limits: LimitsConfig,
     keys: CurveKeys | None = None,
 ) -> tuple[Engine, ModelSpec]:
-    """The engine that ``args`` describe, not started yet.
+    """The engine of the only pipeline of an application, not started yet. Arguments and errors as of EngineMaker."""
+    maker = make_engine_maker(
+        args, host=host, domain_key=domain_key, device=device, num_cores=num_cores, limits=limits, keys=keys
+    )
+    return maker.make(0, metrics=metrics), maker.spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineMaker:
+    """Makes the engines of an application's pipelines, not started yet; all serve the same model."""
+
+    spec: ModelSpec
+    model: ModelCard
+    tokenizer: ModelTokenizer
+    weights: ModelWeights
+    host: StageHost
+    setup: StageSetup
+    budget: KVBudget
+    scheduler_config: SchedulerConfig
+    max_depth: int | None
+    stage_cpus: Mapping[str, StageCpus]
+    num_cores: int
+
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        return self.spec.num_layers
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a KV block."""
+        return self.setup.block_size
+
+    def make(
+        self,
+        number: int,
+        *,
+        metrics: EngineMetrics,
+        arrivals: Iterator[int] | None = None,
+        others: Callable[[str], DomainUse] = lambda domain: DomainUse(),
+        on_down: Callable[[], None] = lambda: None,
+    ) -> Engine:
+        """The engine of pipeline ``number``. ``others`` as of KVBudget, ``arrivals`` and ``on_down`` as of Engine."""
+        setup = self.setup
+        if number:  # its KV is its own, so it has folders of its own
+            setup = replace(setup, domain_key=f"{setup.domain_key}/{stage_prefix(number)}")
+
+        def make_pipeline(on_lost: OnLost) -> Pipeline:
+            return Pipeline(
+                self.host,
+                setup=setup,
+                budget=replace(self.budget, others=others),
+                max_depth=self.max_depth,
+                stage_cpus=self.stage_cpus,
+                on_lost=on_lost,
+                keys=setup.keys,
+            )
+
+        return Engine(
+            make_pipeline,
+            number=number,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            scheduler_config=self.scheduler_config,
+            block_size=self.block_size,
+            metrics=metrics,
+            weights=self.weights,
+            num_cores=self.num_cores,
+            sign_of_life_s=min(2.0, setup.orphan_timeout_s / 5),
+            arrivals=arrivals,
+            on_down=on_down,
+        )
+
+
+def make_engine_maker(
+    args: ServeArgs,
+    *,
+    host: StageHost,
+    domain_key: str,
+    device: str,
+    num_cores: int,
+    limits: LimitsConfig,
+    keys: CurveKeys | None = None,
+) -> EngineMaker:
+    """What makes the engines that ``args`` describe.
 
     Args:
         host: where stages run.
@@ -96,20 +181,8 @@ def build_engine(
         block_bytes=block_bytes,
         max_blocks=setup.max_blocks if args.kv.max_tokens is None else -(-args.kv.max_tokens // block_size),
     )
-
-    def make_pipeline(on_lost: OnLost) -> Pipeline:
-        return Pipeline(
-            host,
-            setup=setup,
-            budget=budget,
-            max_depth=args.scheduler.steps_in_flight,
-            stage_cpus=args.stage_cpus,
-            on_lost=on_lost,
-            keys=keys,
-        )
-
-    engine = Engine(
-        make_pipeline,
+    return EngineMaker(
+        spec=spec,
         model=ModelCard(
             name=model_name(args),
             created=int(time.time()),
@@ -118,6 +191,14 @@ def build_engine(
             eos_token_ids=spec.eos_token_ids,
         ),
         tokenizer=ModelTokenizer(path),
+        weights=ModelWeights(
+            layers=tuple(spec.layer_bytes(layer, dtype) for layer in range(spec.num_layers)),
+            embedding=spec.embedding_bytes(dtype),
+            head=spec.head_bytes(dtype),
+        ),
+        host=host,
+        setup=setup,
+        budget=budget,
         scheduler_config=SchedulerConfig(
             max_num_seqs=args.scheduler.max_num_seqs,
             max_num_batched_tokens=args.scheduler.max_num_batched_tokens,
@@ -125,17 +206,10 @@ def build_engine(
             max_model_len=spec.max_model_len,
             prefix_cache=args.kv.prefix_cache,
         ),
-        block_size=block_size,
-        metrics=metrics,
-        weights=ModelWeights(
-            layers=tuple(spec.layer_bytes(layer, dtype) for layer in range(spec.num_layers)),
-            embedding=spec.embedding_bytes(dtype),
-            head=spec.head_bytes(dtype),
-        ),
+        max_depth=args.scheduler.steps_in_flight,
+        stage_cpus=args.stage_cpus,
         num_cores=num_cores,
-        sign_of_life_s=min(2.0, args.orphan_timeout_s / 5),
     )
-    return engine, spec
 
 
 def _plain(sizes: int | Mapping[str, int] | None) -> int | dict[str, int] | None:

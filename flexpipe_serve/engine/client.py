@@ -13,6 +13,7 @@ import tokenizers
 
 from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.sampling_params import SamplingParams
+from flexpipe_serve.engine.scale_record import ScaleRecord, ScaleRequest
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
 from flexpipe_serve.planner.types import Decision
 from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
@@ -107,6 +108,17 @@ class EngineClient(Protocol):
 
     def refactorings(self) -> list[RefactorRecord]:
         """Records of the latest ones, the newest last."""
+        ...
+
+    async def scale(self, request: ScaleRequest) -> ScaleRecord:
+        """Let pipelines come and go. Returns when they have.
+
+        Raises:
+            ConfigError: the model cannot be cut like that.
+            RefactorRefusedError: there is no room; what serves was not touched.
+            RefactorBusyError: pipelines come or go already, or a refactoring runs.
+            EngineUnavailableError: the pipeline is not up, or a new one could not be started.
+        """
         ...
 
     async def drain(self, request: DrainRequest) -> DrainRecord:

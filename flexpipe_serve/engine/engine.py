@@ -26,7 +26,7 @@ from flexpipe_serve.engine.stream import make_stream
 from flexpipe_serve.errors import ConfigError, EngineUnavailableError, RefactorBusyError, RefactorRefusedError
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.model.tokenizer import ModelTokenizer
-from flexpipe_serve.pipeline.budget import DomainUse
+from flexpipe_serve.pipeline.budget import DomainUse, KVBudget
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.pipeline import Pipeline
 from flexpipe_serve.pipeline.stage_types import StageReport
@@ -62,6 +62,7 @@ class Engine:
 
     Args:
         make_pipeline: the pipeline, given whom to call when a stage is lost.
+        number: of the pipeline.
         weights: bytes of the model, to tell whether a refactoring fits.
         num_cores: CPU cores that the stages share.
         sign_of_life_s: interval in which stages hear from the Router.
@@ -80,10 +81,12 @@ class Engine:
         metrics: EngineMetrics,
         weights: ModelWeights,
         num_cores: int,
+        number: int = 0,
         sign_of_life_s: float = 2.0,
         arrivals: Iterator[int] | None = None,
         on_down: Callable[[], None] = lambda: None,
     ) -> None:
+        self.number = number
         self.model = model
         self.tokenizer = tokenizer
         self._metrics = metrics
@@ -97,6 +100,7 @@ class Engine:
         self._control = ThreadPoolExecutor(1, thread_name_prefix="flexpipe-control")
         self._stopping = threading.Event()
         self._sign_of_life_s = sign_of_life_s
+        self._heartbeat = threading.Thread(target=self._speak_to_stages, name="flexpipe-heartbeat", daemon=True)
         self._reports: dict[str, StageReport] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
         self._refactorings = RefactorManager(
@@ -219,8 +223,24 @@ class Engine:
         """The nodes and devices as seen about a second ago, nodes to be emptied or kept empty as draining."""
         return self._drainer.topology()
 
+    @property
+    def is_refactoring(self) -> bool:
+        """Whether a refactoring runs."""
+        return self._refactorings.is_running
+
+    @property
+    def budget(self) -> KVBudget:
+        """How its KV follows from memory."""
+        return self._pipeline.budget
+
+    @property
+    def budgets(self) -> dict[str, int]:
+        """Bytes that it may take, by domain."""
+        return dict(self._pipeline.budgets)
+
     def launch(self, layout: Layout) -> PipelineUse:
         """Start empty stages, for ``start``. See PipelineMemory.launch."""
+        self._heartbeat.start()
         return self._control.submit(self._memory.launch, layout).result()
 
     def memory_use(self) -> PipelineUse:
@@ -279,7 +299,8 @@ class Engine:
         except BaseException:
             self.stop()
             raise
-        threading.Thread(target=self._speak_to_stages, name="flexpipe-heartbeat", daemon=True).start()
+        if not self._heartbeat.is_alive():
+            self._heartbeat.start()
 
     def check_alive(self) -> None:
         """Raises EngineUnavailableError when only a new process can help."""
@@ -308,7 +329,9 @@ class Engine:
         self._loop.call(lambda: self._loop.scheduler.set_max_waiting(max_waiting))
 
     def stop(self) -> None:
-        """End all requests with an error, and all stages."""
+        """End all requests with an error, and all stages. A second time it does nothing."""
+        if self._stopping.is_set():
+            return
         self._unavailable = "the server is shutting down."
         self._stopping.set()
         self._drainer.stop()

@@ -68,11 +68,11 @@ def make_room(
     return shares
 
 
-def take_room(staying: Sequence[PipelineUse], gone: PipelineUse) -> list[dict[str, int]]:
-    """New budgets of the pipelines that stay when one is gone: what it had goes in equal parts to those that have
-    stages there too. For each of ``staying`` by domain; empty where nothing changes."""
+def take_room(staying: Sequence[PipelineUse], budgets: Mapping[str, int]) -> list[dict[str, int]]:
+    """New budgets of the pipelines that stay when one is gone: what it had, ``budgets``, goes in equal parts to those
+    that have stages in the same domain. For each of ``staying`` by domain; empty where nothing changes."""
     shares: list[dict[str, int]] = [{} for _ in staying]
-    for domain, num_bytes in gone.budgets.items():
+    for domain, num_bytes in budgets.items():
         sharers = [i for i, use in enumerate(staying) if domain in use.domains and domain in use.budgets]
         for i in sharers:
             shares[i][domain] = staying[i].budgets[domain] + num_bytes // len(sharers)

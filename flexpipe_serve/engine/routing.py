@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from flexpipe_serve.engine.step_costs import StepCost
 
+_LEAST_SLOPE = 0.01
+"""Of a step's time, what one more token in it costs at least. Steps that were all alike do not show it, and a pipeline
+would get everything because it was the quicker one a moment ago."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
@@ -68,10 +72,15 @@ def rank_pipelines(loads: Sequence[PipelineLoad], ask: Ask, *, num_cached_tokens
     """
     known = [load.cost for load in loads if load.cost is not None]
     quickest = min(known, key=lambda cost: cost.seconds(1), default=StepCost(1.0, 0.0))
+    costs = [_with_slope(load.cost or quickest) for load in loads]
 
     def key(index: int) -> tuple[bool, int, float, int]:
         load = loads[index]
-        finish_s = predict_finish_s(load, ask, num_cached_tokens=num_cached_tokens[index], cost=load.cost or quickest)
+        finish_s = predict_finish_s(load, ask, num_cached_tokens=num_cached_tokens[index], cost=costs[index])
         return (not load.is_up, -min(load.max_len, ask.max_len), finish_s, index)
 
     return sorted(range(len(loads)), key=key)
+
+
+def _with_slope(cost: StepCost) -> StepCost:
+    return StepCost(cost.step_s, max(cost.token_s, _LEAST_SLOPE * cost.seconds(1)))

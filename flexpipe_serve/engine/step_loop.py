@@ -156,9 +156,7 @@ class StepLoop:
 
     def longest(self) -> Future[int]:
         """Tokens that the longest sequence may come to have, of those that are not over; 0: there is none."""
-        return self.call(
-            lambda: max((min(s.num_tokens, self.scheduler.max_len) for s in self._streams.all()), default=0)
-        )
+        return self.call(lambda: max((min(s.max_len, self.scheduler.max_len) for s in self._streams.all()), default=0))
 
     def hand_over(self, place: Callable[[RequestStream], StepLoop], *, retire: bool) -> Future[int]:
         """Give all requests to other loops, which go on with them from their tokens; steps in flight are void.

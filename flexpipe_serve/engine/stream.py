@@ -148,8 +148,8 @@ class RequestStream:
         return self._num_open == 0
 
     @property
-    def num_tokens(self) -> int:
-        """The most tokens, prompt included, that its longest sequence may come to have."""
+    def max_len(self) -> int:
+        """Prompt and output tokens that its longest sequence may come to have."""
         return max(seq.num_prompt_tokens + seq.params.max_tokens for seq in self.sequences)
 
     def leave(self) -> None:

@@ -63,6 +63,8 @@ class RefactorRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """Number of stages, with layers split as the server likes."""
     boundaries: tuple[_Int, ...] | None = None
     """First layer of each later stage; () is a single stage."""
+    pipeline: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
+    """Number of the pipeline, where there are several."""
     nodes: tuple[str, ...] | None = None
     """Where each stage shall stand, in pipeline order: a node's id as ``GET /flexpipe/status`` shows it, the beginning
     of that, or its address where no other node has the same. By default stages stay where they are, and new ones join
