@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -91,11 +92,12 @@ def check_idle(engine: Engine, host: LocalStageHost, *, num_warm: int = 0) -> No
 
 
 def shared_files(engine: Engine) -> list[str]:
-    """What this process has open in the application's folder, also of what was removed from it."""
+    """What this process has open in the application's folder, also of what was removed from it. Not the host cache's
+    files: stages that still fill it open them for moments."""
     found = []
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the one that lists them
             target = os.readlink(link)
-            if target.startswith(str(engine._pipeline._folder.path)):
+            if target.startswith(str(engine._pipeline._folder.path)) and not re.search(r"\.weights|host-cache", target):
                 found.append(target)
     return sorted(found)

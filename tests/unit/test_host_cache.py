@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -58,6 +59,13 @@ class Shelf:
         (path,) = self.folder.glob(f"{part}.*.weights")
         return path
 
+    def open_files(self) -> list[str]:
+        found = []
+        for link in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # the one that lists them
+                found.append(os.readlink(link))
+        return [target for target in found if target.startswith(str(self.folder))]
+
     def age(self, part: str, *, seconds: float) -> None:
         """As if it had been used last so long ago."""
         at = time.time() - seconds
@@ -111,6 +119,7 @@ def test_tensors_of_many_pieces_and_of_any_layout(shelf: Shelf) -> None:
     assert all(torch.equal(found[name], weights[name]) for name in weights)
     assert all(tensor.is_contiguous() for tensor in found.values())
     assert not any(".weights" in line for line in Path("/proc/self/maps").read_text().splitlines()), "nothing is mapped"
+    assert shelf.open_files() == []
 
 
 @given(data=st.data())
@@ -219,6 +228,7 @@ def test_giving_up_leaves_nothing(shelf: Shelf) -> None:
     assert cache.write("part", make(3 * MIB), between=nothing)
     with pytest.raises(InterruptedError):
         cache.read("part", device=CPU, between=give_up)
+    assert shelf.open_files() == []
     assert (cache.use().num_hits, cache.use().num_misses) == (0, 0)
 
 
