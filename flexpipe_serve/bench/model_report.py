@@ -71,30 +71,30 @@ def to_json(points: Sequence[Point], *, profile: ModelProfile, settings: dict[st
 
 
 def save_picture(points: Sequence[Point], path: Path) -> None:
-    """Writes a PNG: each metric by rate, dots measured and lines predicted, one colour a number of stages."""
+    """Writes a PNG: latencies by rate, and the capacity, dots measured and lines predicted, one colour a split."""
     from matplotlib.figure import Figure  # only now: matplotlib takes its time to import
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
-    axes = figure.subplots(2, 2).flat
-    for axis, (name, label) in zip(axes, METRICS.items(), strict=True):
-        unit = 1.0 if name == "requests_per_s" else 1e3
-        for index, num_stages in enumerate(sorted({point.num_stages for point in points})):
-            own = [point for point in points if point.num_stages == num_stages and name in point.measured]
-            own.sort(key=lambda point: point.demand.rate)
+    axes = dict(zip(METRICS, figure.subplots(2, 2).flat, strict=True))
+    for index, num_stages in enumerate(sorted({point.num_stages for point in points})):
+        own = sorted((p for p in points if p.num_stages == num_stages), key=lambda point: point.demand.rate)
+        color, label = f"C{index}", f"{num_stages} {'stage' if num_stages == 1 else 'stages'}"
+        for name, axis in axes.items():
+            shown = [point for point in own if name in point.measured]
             is_capacity = name == "requests_per_s"
-            at = [float(num_stages) if is_capacity else point.demand.rate for point in own]
-            color = f"C{index}"
-            axis.plot(
-                at, [unit * point.measured[name] for point in own], "o", color=color, label=f"{num_stages} stages"
-            )
+            unit = 1.0 if is_capacity else 1e3
+            at = [float(num_stages) if is_capacity else point.demand.rate for point in shown]
+            axis.plot(at, [unit * point.measured[name] for point in shown], "o", color=color, label=label)
             # What is infinite leaves a gap.
-            lines = [unit * (p.predicted[name] if math.isfinite(p.predicted[name]) else np.nan) for p in own]
-            axis.plot(at, lines, "_" if is_capacity else "-", color=color, markersize=24)
-        axis.set(title=label, xlabel="requests/s", ylabel="ms", ylim=(0, None))
-        if name == "requests_per_s":
-            axis.set(title="capacity: all requests at once", xlabel="stages", ylabel="requests/s")
+            predicted = [unit * p.predicted[name] if math.isfinite(p.predicted[name]) else np.nan for p in shown]
+            axis.plot(at, predicted, marker="_", markersize=24, color=color)
+    for name, axis in axes.items():
+        axis.set(title=METRICS[name], xlabel="requests/s", ylabel="ms")
+        axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
         axis.grid(alpha=0.3)
-    figure.axes[0].legend(title="dots measured, lines predicted")
+    axes["requests_per_s"].set(title="capacity: all requests at once", xlabel="stages", ylabel="requests/s")
+    axes["requests_per_s"].locator_params(axis="x", integer=True)
+    axes["ttft_s"].legend(title="dots measured, lines predicted")
     figure.savefig(path, dpi=110)
 
 
