@@ -21,6 +21,8 @@ _FINE = 8
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 _CLOSE = 1.25
 """Times and KV that differ by less than this factor ask for the same cuts."""
+_SLACK = 0.02
+"""Of a device's memory: what processes take varies by so much."""
 
 
 class Candidate(NamedTuple):
@@ -50,7 +52,7 @@ class CandidateMaker:
 
     def __init__(self, weights: PlannerWeights) -> None:
         self._weights = weights
-        self._made_for: tuple[ModelProfile, Split, tuple[StageDevice, ...]] | None = None
+        self._made_for: tuple[ModelProfile, PlannerState] | None = None
         self._needs: _Needs | None = None
         self._candidates: list[Candidate] = []
 
@@ -60,11 +62,10 @@ class CandidateMaker:
         Args:
             demand: that is expected; boundaries are best for its steps.
         """
-        made_for = (profile, state.current, state.devices)
-        if made_for != self._made_for:
-            self._made_for = made_for
+        if self._made_for is None or not is_same_place(*self._made_for, profile, state):
+            self._made_for = (profile, state)
             self._needs = None
-            self._candidates = [_make(profile, state.current, state.current)]
+            self._candidates = [make_candidate(profile, state.current, state.current)]
         present = SplitModel(self._candidates[0].steps, demand)
         shape = present.mean_shape()
         num_needed = max(1.0, demand.num_running + demand.num_waiting, present.num_present)
@@ -78,13 +79,13 @@ class CandidateMaker:
         if self._needs is None or not needs.is_close(self._needs):
             self._needs = needs
             splits = self._splits(profile, state, demand, shape, int(num_kv_tokens))
-            self._candidates[1:] = [_make(profile, state.current, split) for split in splits]
+            self._candidates[1:] = [make_candidate(profile, state.current, split) for split in splits]
         return self._candidates
 
     def _splits(
         self, profile: ModelProfile, state: PlannerState, demand: Demand, shape: StepShape, num_kv_tokens: int
     ) -> list[Split]:
-        found = {_key(state.current)}
+        found = {split_key(state.current)}
         splits = []
         least = int(demand.prompt_tokens + demand.output_tokens) + 1
         levels = (least, max(least, num_kv_tokens), MAX_NUM_SEQS * least)
@@ -96,10 +97,29 @@ class CandidateMaker:
                     devices=tuple(device for devices in groups for device in devices),
                     num_pipelines=len(groups),
                 )
-                if _key(split) not in found:
-                    found.add(_key(split))
+                if split_key(split) not in found:
+                    found.add(split_key(split))
                     splits.append(split)
         return splits
+
+
+def is_same_place(old_profile: ModelProfile, old: PlannerState, profile: ModelProfile, new: PlannerState) -> bool:
+    """Whether the same splits are to be had as before, and from the same one; memory may have changed a little."""
+    return (
+        old_profile == profile
+        and split_key(old.current) == split_key(new.current)
+        and len(old.devices) == len(new.devices)
+        and all(a == b or _is_alike(a, b) for a, b in zip(old.devices, new.devices, strict=True))
+    )
+
+
+def _is_alike(a: StageDevice, b: StageDevice) -> bool:
+    slack = _SLACK * b.memory_bytes
+    return (
+        (a.name, a.node, a.compute, a.domain, a.speed) == (b.name, b.node, b.compute, b.domain, b.speed)
+        and abs(a.memory_bytes - b.memory_bytes) <= slack
+        and abs(a.overhead_bytes - b.overhead_bytes) <= slack
+    )
 
 
 def stage_counts(*, max_stages: int, present: int) -> list[int]:
@@ -228,9 +248,11 @@ def refusal(candidate: Candidate, state: PlannerState, demand: Demand) -> str | 
     return None
 
 
-def _make(profile: ModelProfile, present: Split, split: Split) -> Candidate:
+def make_candidate(profile: ModelProfile, present: Split, split: Split) -> Candidate:
+    """``split`` as seen from ``present``."""
     return Candidate(split, StepTimes(profile, split), Transition(profile, present, split))
 
 
-def _key(split: Split) -> tuple[tuple[int, ...], tuple[str, ...], int]:
+def split_key(split: Split) -> tuple[tuple[int, ...], tuple[str, ...], int]:
+    """Equal for splits that differ in what was measured of their devices only."""
     return split.boundaries, tuple(device.name for device in split.devices), split.num_pipelines

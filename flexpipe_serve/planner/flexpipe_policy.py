@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from flexpipe_serve.planner.candidates import Candidate, device_choices, refusal
+from flexpipe_serve.planner.candidates import Candidate, device_choices, is_same_place, make_candidate, refusal
 from flexpipe_serve.planner.cost import transition_cost
 from flexpipe_serve.planner.flexpipe_scores import (
     FlexPipeWeights,
@@ -24,8 +24,6 @@ from flexpipe_serve.planner.ladder import nested_ladder
 from flexpipe_serve.planner.latency import SplitModel
 from flexpipe_serve.planner.partition import eq2_boundaries
 from flexpipe_serve.planner.profile import ModelProfile, StepShape
-from flexpipe_serve.planner.step_times import StepTimes
-from flexpipe_serve.planner.transition import Transition
 from flexpipe_serve.planner.types import (
     CandidateScore,
     Decision,
@@ -33,7 +31,6 @@ from flexpipe_serve.planner.types import (
     PlannerState,
     PlannerWeights,
     Split,
-    StageDevice,
 )
 from flexpipe_serve.planner.words import describe, make_decision
 
@@ -56,15 +53,14 @@ class FlexPipePolicy:
     def __init__(self, weights: PlannerWeights, scores: FlexPipeWeights | None = None) -> None:
         self._weights = weights
         self._scores = scores or FlexPipeWeights()
-        self._made_for: tuple[ModelProfile, Split, tuple[StageDevice, ...]] | None = None
+        self._made_for: tuple[ModelProfile, PlannerState] | None = None
         self._candidates: list[Candidate] = []
 
     def decide(self, profile: ModelProfile, state: PlannerState) -> Decision:
         """See ``flexpipe_serve.planner.policy.Policy``."""
         demand = state.demand
-        made_for = (profile, state.current, state.devices)
-        if made_for != self._made_for:
-            self._made_for = made_for
+        if self._made_for is None or not is_same_place(*self._made_for, profile, state):
+            self._made_for = (profile, state)
             self._candidates = self._make(profile, state)
         scores = self._score(state)
         current = scores[0]
@@ -109,7 +105,7 @@ class FlexPipePolicy:
                     num_pipelines=len(groups),
                 )
                 splits.setdefault(_granularity(split), split)
-        return [Candidate(s, StepTimes(profile, s), Transition(profile, state.current, s)) for s in splits.values()]
+        return [make_candidate(profile, state.current, split) for split in splits.values()]
 
     def _score(self, state: PlannerState) -> list[CandidateScore]:
         demand = state.demand
@@ -139,7 +135,7 @@ class FlexPipePolicy:
                 )
             refused = self._rejection(candidate.split, demand, throughput, coarsest)
             if refused is None and candidate is not self._candidates[0]:
-                refused = refusal(candidate, state, demand) or self._lateness(model, models[0], demand, duration_s)
+                refused = refusal(candidate, state, demand) or self._lateness(model, demand, duration_s)
             scores.append(
                 CandidateScore(
                     split=candidate.split,
@@ -181,15 +177,15 @@ class FlexPipePolicy:
             return f"Eq 5 asks for {num_pipelines} pipelines at {demand.rate:.3g} requests/s"
         return None
 
-    def _lateness(self, model: SplitModel, present: SplitModel, demand: Demand, duration_s: float) -> str | None:
-        """What Eq 12 has against it: those who wait and come, but for those that the present split serves meanwhile."""
+    def _lateness(self, model: SplitModel, demand: Demand, duration_s: float) -> str | None:
+        """What Eq 12 has against it. Due are those who wait, and those who come until it is ready."""
         deadline_s = self._weights.horizon_s
-        num_due = demand.num_waiting + demand.rate * deadline_s - min(demand.rate, present.max_rate) * duration_s
+        num_due = demand.num_waiting + demand.rate * duration_s
         if meets_deadline(deadline_s=deadline_s, init_s=duration_s, rates=[model.max_rate], num_due=num_due):
             return None
         return (
-            f"Eq 12: in {deadline_s:g} s, {duration_s:.3g} s of them to get there, it serves fewer than the"
-            f" {num_due:.3g} requests due"
+            f"Eq 12: ready after {duration_s:.3g} s, it cannot serve the {num_due:.3g} requests due until"
+            f" {deadline_s:g} s from now"
         )
 
 

@@ -7,7 +7,6 @@ are places for so many; beyond them requests queue (Allen-Cunneen).
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 
 from flexpipe_serve.planner.profile import ModelProfile, StepShape
 from flexpipe_serve.planner.request_times import RequestTimes, Times
@@ -99,18 +98,17 @@ class SplitModel:
     def _find_present(self) -> Times:
         """The least number n of sequences with ``n = rate * residence(n) + burst``: what a request finds, on average,
         with itself. At most all places."""
-        requests = self._requests
-
-        def excess(times: Times) -> float:
-            return times.num_seqs - self._burst(times) - self._rate * times.residence_s
-
-        index = bisect_left(range(len(requests.batches) - 1), 0.0, key=lambda i: excess(requests.at(i)))
-        after = requests.at(index)
-        if index == 0 or excess(after) <= 0:
-            return after
-        before = requests.at(index - 1)
-        part = excess(before) / (excess(before) - excess(after))
-        return Times(*(a + part * (b - a) for a, b in zip(before, after, strict=True)))
+        before, excess_before = None, 0.0
+        for index in range(len(self._requests.batches)):
+            times = self._requests.at(index)
+            excess = times.num_seqs - self._burst(times) - self._rate * times.residence_s
+            if excess >= 0 and before is not None:
+                part = excess_before / (excess_before - excess)
+                return Times(*(a + part * (b - a) for a, b in zip(before, times, strict=True)))
+            if excess >= 0:
+                break
+            before, excess_before = times, excess
+        return times
 
     def _burst(self, times: Times) -> float:
         """How many come with a request, itself included. Where many are present, that is arrivals' peakedness, the
@@ -127,7 +125,10 @@ class SplitModel:
         Hayward has fewer places the more peaked arrivals are. The chance goes by the places taken: a pipeline is nearly
         as fast with some sequences as with all."""
         places = max(1.0, self.num_places / max(1.0, self._peakedness))
-        taken = self._rate * self._present.residence_s / self.num_places
+        # At capacity all are taken, even where fewer sequences got on as fast.
+        taken = max(
+            self._rate * self._present.residence_s / self.num_places, math.pow(self.utilisation, self.num_places)
+        )
         chance = math.pow(taken, math.sqrt(2 * (places + 1)) - 1)
         variance = (self._arrival_variance + self._service_variance) / 2
         return variance * chance / (self.max_rate / self._num_pipelines - self._rate)

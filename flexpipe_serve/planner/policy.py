@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
-from flexpipe_serve.planner.candidates import Candidate, CandidateMaker, refusal
+from flexpipe_serve.planner.candidates import Candidate, CandidateMaker, refusal, split_key
 from flexpipe_serve.planner.cost import transition_cost
 from flexpipe_serve.planner.flexpipe_policy import FlexPipePolicy
 from flexpipe_serve.planner.gate import FEW_ARRIVALS, Gate, expected_demand
@@ -18,6 +18,7 @@ from flexpipe_serve.planner.types import (
     PlannerState,
     PlannerWeights,
     Split,
+    Trigger,
     Verdict,
 )
 from flexpipe_serve.planner.words import make_decision
@@ -118,7 +119,9 @@ class GatedPolicy:
         return min(max(state.mean_latency_s / predicted_s, low), high)
 
     def _notice_change(self, profile: ModelProfile, state: PlannerState, demand: Demand, present: Candidate) -> None:
-        if self._present is not None and self._present != state.current:
+        if state.trigger is Trigger.ASKED:
+            return
+        if self._present is not None and split_key(self._present) != split_key(state.current):
             before = SplitModel(StepTimes(profile, self._present), demand)
             self._gate.note_change(grew=SplitModel(present.steps, demand).max_rate > before.max_rate)
         self._present = state.current
