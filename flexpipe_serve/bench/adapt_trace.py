@@ -52,14 +52,13 @@ class TraceSpec:
             if not 0 <= cv < 100:
                 raise ConfigError(f"the trace is {text!r}; {_FORM}, with a CV of 0 to 100")
             return cls(f"gamma, CV {cv:g}", cv=cv)
-        match = re.fullmatch(r"(.+?)(?:@([\d.]+)(?:\+([\d.]+))?)?", text)
-        try:
-            assert match is not None
-            start_s, window_s = float(match[2] or 0), float(match[3]) if match[3] else None
-        except (ValueError, AssertionError):
-            raise ConfigError(f"the trace is {text!r}; {_FORM}") from None
-        if window_s is not None and window_s <= 0:
-            raise ConfigError(f"the window of {text!r} has {window_s:g} s; it must be longer than 0")
+        number = r"(\d+(?:\.\d+)?)"
+        match = re.fullmatch(rf"(.+?)(?:@{number}(?:\+{number})?)?", text)
+        if match is None:
+            raise ConfigError(f"the trace is {text!r}; {_FORM}")
+        start_s, window_s = float(match[2] or 0), float(match[3]) if match[3] else None
+        if window_s == 0:
+            raise ConfigError(f"the window of {text!r} has 0 s; give a longer one")
         path = Path(match[1])
         name = path.name.removesuffix(".gz").removesuffix(".csv")
         return cls(name + text[len(match[1]) :], path=path, start_s=start_s, window_s=window_s)
