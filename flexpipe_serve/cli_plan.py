@@ -18,7 +18,7 @@ from flexpipe_serve.planner.types import PlannerWeights
 from flexpipe_serve.planner.wire import to_wire
 from flexpipe_serve.simulate.result import SimulationResult, summarize
 
-_EXPECTED = (ConfigError, EngineUnavailableError, InvalidRequestError)
+_EXPECTED = (ConfigError, EngineUnavailableError, InvalidRequestError, OSError)
 _PLAIN_WIDTH = 200
 """Of tables that go to a file or a pipe."""
 _DEFAULTS = PlannerWeights()
