@@ -12,6 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. Returns the exit status."""
     from flexpipe_serve import cli_admin, cli_plan, cli_profile, launch
     from flexpipe_serve.bench import adapt as bench_adapt
+    from flexpipe_serve.bench import mix_shift as bench_mix_shift
     from flexpipe_serve.bench import model as bench_model
     from flexpipe_serve.bench import refactor as bench_refactor
     from flexpipe_serve.bench import resize as bench_resize
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = bench.add_parser("model", help="how far the planner's latency model is from the real server")
     bench_model.add_arguments(model)
     model.set_defaults(run=bench_model.main)
+    mix_shift = bench.add_parser("mix-shift", help="the same on unequal stages, when the kind of request changes")
+    bench_mix_shift.add_arguments(mix_shift)
+    mix_shift.set_defaults(run=bench_mix_shift.main)
     args = parser.parse_args(argv)
     status: int = args.run(args)
     return status

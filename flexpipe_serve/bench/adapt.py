@@ -39,7 +39,7 @@ from flexpipe_serve.bench.adapt_server import (
     running_session,
     settings_of,
 )
-from flexpipe_serve.bench.adapt_trace import TraceSpec, WorkloadFacts, make_workload
+from flexpipe_serve.bench.adapt_trace import LONGEST, TraceSpec, WorkloadFacts, make_workload
 from flexpipe_serve.bench.arrivals import Arrival
 from flexpipe_serve.bench.prompts import PromptBuilder
 from flexpipe_serve.bench.refactor_report import is_tie
@@ -54,6 +54,8 @@ POLICIES = ("flexpipe", "gated")
 _CALIBRATION = 3
 """So many requests for each place of the closed loop that measures capacity."""
 _NUM_ALONE = 6
+_KV_RESERVE = 2
+"""KV is limited to so many times what the closed loop needs, so that no change of the layout commits gigabytes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +144,9 @@ class _Bench:
         """All traces; what was measured before an error stays."""
         args = self._args
         user_config = {"layout": {"stages": args.start}, "warm_stages": args.warm_stages}
-        async with running_session(args, self._builder, server_args={}, user_config=user_config) as session:
+        longest = LONGEST * (args.prompt_tokens + args.output_tokens)
+        kv = {"max_tokens": _KV_RESERVE * args.concurrency * longest}
+        async with running_session(args, self._builder, server_args={"kv": kv}, user_config=user_config) as session:
             num_layers = (await session.handle.status())["layout"]["num_layers"]
 
             def even(num_stages: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from flexpipe_serve.bench.arrivals import Arrival, gamma_arrivals, read_trace
 from flexpipe_serve.errors import ConfigError
 
-_LONGEST = 4
+LONGEST = 4
 """Longer prompts and outputs are cut to so many times the mean."""
 _FORM = "give gamma:CV, or a CSV file as FILE, FILE@START or FILE@START+SECONDS"
 _NUM_SLOTS = 10
@@ -114,9 +114,9 @@ def make_workload(
 
 
 def _scaled(lengths: Sequence[int], *, mean: int) -> list[int]:
-    """Lengths of 1 to ``_LONGEST * mean`` tokens, in proportion to ``lengths``, with that mean as far as can be."""
+    """Lengths of 1 to ``LONGEST * mean`` tokens, in proportion to ``lengths``, with that mean as far as can be."""
     given = np.array(lengths, dtype=float)
-    low, high = 0.0, _LONGEST * mean / max(given.min(), 1.0)
+    low, high = 0.0, LONGEST * mean / max(given.min(), 1.0)
     for _ in range(60):  # the mean rises with the factor
         factor = (low + high) / 2
         low, high = (factor, high) if _cut(given * factor, mean).mean() < mean else (low, factor)
@@ -124,7 +124,7 @@ def _scaled(lengths: Sequence[int], *, mean: int) -> list[int]:
 
 
 def _cut(lengths: NDArray[np.float64], mean: int) -> NDArray[np.float64]:
-    return np.rint(lengths).clip(1, _LONGEST * mean)
+    return np.rint(lengths).clip(1, LONGEST * mean)
 
 
 @dataclass(frozen=True, slots=True)
