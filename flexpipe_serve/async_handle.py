@@ -10,6 +10,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import msgspec
 
+from flexpipe_serve.engine.scale_record import PipelineLayout, ScaleRecord, ScaleRequest
 from flexpipe_serve.errors import (
     EngineUnavailableError,
     InvalidRequestError,
@@ -17,6 +18,9 @@ from flexpipe_serve.errors import (
     RefactorBusyError,
     RefactorRefusedError,
 )
+from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
+from flexpipe_serve.planner.types import Decision
+from flexpipe_serve.planner.wire import from_wire
 from flexpipe_serve.refactor.record import Mode, RefactorPlan, RefactorRecord, RefactorRequest
 from flexpipe_serve.transport import Transport
 
@@ -107,14 +111,31 @@ class AsyncHandle:
         await self._transport.close()
 
     async def status(self) -> dict[str, Any]:
-        """Layout, epoch, stages with their layers and memory, KV use, queue: ``GET /flexpipe/status``."""
+        """Layout, epoch, stages with their layers and memory, KV use, queue: ``GET /flexpipe/status``. Of the first
+        pipeline, and under ``pipelines`` of all."""
         return await self.call("GET", "/flexpipe/status", dict[str, Any])
+
+    async def plan(self) -> Decision:
+        """What the planner would do now, and why; nothing comes of it.
+
+        Raises:
+            EngineUnavailableError: also while there is no profile of the model to plan by.
+        """
+        return _decision(await self.call("GET", "/flexpipe/plan", dict[str, Any]))
+
+    async def decisions(self) -> list[Decision]:
+        """The planner's latest decisions, also those to stay, the newest last."""
+        answer = await self.call("GET", "/flexpipe/decisions", _List[dict[str, Any]])
+        return [_decision(content) for content in answer.data]
 
     async def refactor(
         self,
         *,
         stages: int | None = None,
         boundaries: Sequence[int] | None = None,
+        pipeline: int = 0,
+        nodes: Sequence[str] | None = None,
+        avoid: Sequence[str] = (),
         mode: Mode | str = Mode.LIVE,
         dry_run: bool = False,
         resize_kv: bool = True,
@@ -123,11 +144,14 @@ class AsyncHandle:
         reason: str = "requested",
         wait: bool = False,
     ) -> AsyncRefactorJob:
-        """Change the pipeline's split while it serves.
+        """Change a pipeline's split while it serves.
 
         Args:
             stages: number of stages, with layers split evenly; or
             boundaries: first layer of each later stage.
+            pipeline: number of the pipeline, where there are several.
+            nodes: where each stage shall stand, in order: ids as in the status, their beginnings, or names.
+            avoid: nodes where no stage shall stand afterwards.
             mode: 'live', or one that stops: 'weights_only', 'sync', 'restart'.
             dry_run: only plan; the job is over at once, its plan says what would be done.
             resize_kv: let KV capacity grow afterwards.
@@ -149,6 +173,9 @@ class AsyncHandle:
         request = RefactorRequest(
             stages=stages,
             boundaries=None if boundaries is None else tuple(boundaries),
+            pipeline=pipeline,
+            nodes=None if nodes is None else tuple(nodes),
+            avoid=tuple(avoid),
             mode=mode,
             dry_run=dry_run,
             resize_kv=resize_kv,
@@ -168,6 +195,68 @@ class AsyncHandle:
     async def refactorings(self) -> list[RefactorRecord]:
         """Records of the latest refactorings, the newest last."""
         return (await self.call("GET", "/flexpipe/refactor", _List[RefactorRecord])).data
+
+    async def scale(
+        self,
+        *,
+        pipelines: int | None = None,
+        layouts: Sequence[int | Sequence[int]] | None = None,
+        reason: str = "requested",
+    ) -> ScaleRecord:
+        """Let pipelines come and go while they serve; returns when they have.
+
+        Args:
+            pipelines: how many there shall be: further ones are split like the first, and of too many the last ones
+                go. Their sequences go on in the others. Or
+            layouts: the split of each, in order: a number of stages, or boundaries as for ``refactor``.
+            reason: stands in the events.
+
+        Raises:
+            RefactorRefusedError: there is no room, or the model cannot be cut like that; what serves goes on.
+            RefactorBusyError: they come or go already, or a refactoring runs.
+            InvalidRequestError: an argument is out of range.
+        """
+        request = ScaleRequest(
+            pipelines=pipelines,
+            layouts=None if layouts is None else tuple(map(_pipeline_layout, layouts)),
+            reason=reason,
+        )
+        return await self.call("POST", "/flexpipe/scale", ScaleRecord, request)
+
+    async def drain(
+        self, node: str, *, deadline_s: float = 60.0, reason: str = "requested", wait: bool = False
+    ) -> DrainRecord:
+        """Empty a node before it goes: its stages move elsewhere while they serve, and none is launched there.
+
+        Args:
+            node: its id as in the status, the beginning of that, or its name or address.
+            deadline_s: until it may be gone; asked again, it gets the new deadline.
+            reason: stands in the record.
+            wait: return when it is empty, or gone; else at once.
+
+        Raises:
+            RefactorRefusedError: there is no other node.
+            InvalidRequestError: there is no such node, or the deadline is out of range.
+        """
+        request = DrainRequest(node=node, deadline_s=deadline_s, reason=reason)
+        record = await self.call("POST", "/flexpipe/drain", DrainRecord, request)
+        while wait and not record.is_over:
+            await asyncio.sleep(_POLL_S)
+            record = await self.call("GET", f"/flexpipe/drain/{record.node}", DrainRecord)
+        return record
+
+    async def drains(self) -> list[DrainRecord]:
+        """Records of the nodes that are being emptied or kept empty."""
+        return (await self.call("GET", "/flexpipe/drain", _List[DrainRecord])).data
+
+    async def undrain(self, node: str) -> DrainRecord:
+        """Let stages be launched on a node, named by its id, again. Its last record.
+
+        Raises:
+            InvalidRequestError: it is not being drained.
+            RefactorRefusedError: Ray itself drains it.
+        """
+        return await self.call("DELETE", f"/flexpipe/drain/{node}", DrainRecord)
 
     async def events(self) -> list[dict[str, Any]]:
         """What happened lately, the newest last: each has ``time`` (Unix), ``kind`` and ``message``."""
@@ -214,6 +303,17 @@ class AsyncHandle:
             return msgspec.json.decode(data, type=kind)
         except msgspec.DecodeError:
             raise _foreign(status, data) from None
+
+
+def _pipeline_layout(layout: int | Sequence[int]) -> PipelineLayout:
+    return PipelineLayout(stages=layout) if isinstance(layout, int) else PipelineLayout(boundaries=tuple(layout))
+
+
+def _decision(content: dict[str, Any]) -> Decision:
+    try:
+        return from_wire(content)
+    except msgspec.ValidationError:
+        raise _foreign(200, msgspec.json.encode(content)) from None
 
 
 def _completion(prompt: str | Sequence[int], sampling: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``flexpipe status``, ``flexpipe events`` and ``flexpipe refactor``: a running server from the command line."""
+"""``flexpipe status``, ``events``, ``refactor`` and ``scale``: a running server from the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.markup import escape
 
-from flexpipe_serve.cli_views import RefactorProgress, events_table, plan_view, status_view, summary_view
+from flexpipe_serve.cli_views import (
+    RefactorProgress,
+    events_table,
+    plan_view,
+    scale_view,
+    status_view,
+    summary_view,
+)
 from flexpipe_serve.errors import (
     ConfigError,
     EngineUnavailableError,
@@ -38,9 +45,23 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     status.set_defaults(run=_with_handle(_status))
     events = commands.add_parser("events", parents=[server], help="what happened to the pipeline lately")
     events.set_defaults(run=_with_handle(_events))
+    scale = commands.add_parser("scale", parents=[server], help="let pipelines come and go while they serve")
+    wanted = scale.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--pipelines", type=int, metavar="N", help="how many; further ones are split like the first")
+    wanted.add_argument(
+        "--layouts",
+        nargs="+",
+        type=_layout,
+        metavar="SPLIT",
+        help="the split of each, a number of stages or boundaries with a comma: 2 10,20 ('10,' for one boundary)",
+    )
+    scale.set_defaults(run=_with_handle(_scale))
     refactor = commands.add_parser("refactor", parents=[server], help="change the pipeline's split while it serves")
     split = refactor.add_mutually_exclusive_group(required=True)
     split.add_argument("--stages", type=int, help="number of stages, with layers split evenly")
+    refactor.add_argument(
+        "--pipeline", type=int, default=0, metavar="N", help="which, where there are several (default: %(default)s)"
+    )
     split.add_argument("--boundaries", type=_boundaries, help="first layer of each later stage, such as 10,20")
     refactor.add_argument(
         "--mode", choices=[mode.value for mode in Mode], default="live", help="what goes on meanwhile (default: all)"
@@ -55,6 +76,10 @@ def _boundaries(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 10,20") from None
+
+
+def _layout(text: str) -> int | tuple[int, ...]:
+    return int(text) if text.isdecimal() else _boundaries(text.removesuffix(","))
 
 
 def _with_handle(command: Callable[[argparse.Namespace, Handle, Console], int]) -> Callable[[argparse.Namespace], int]:
@@ -86,8 +111,19 @@ def _events(args: argparse.Namespace, handle: Handle, console: Console) -> int:
     return 0
 
 
+def _scale(args: argparse.Namespace, handle: Handle, console: Console) -> int:
+    console.print(scale_view(handle.scale(pipelines=args.pipelines, layouts=args.layouts)))
+    return 0
+
+
 def _refactor(args: argparse.Namespace, handle: Handle, console: Console) -> int:
-    job = handle.refactor(stages=args.stages, boundaries=args.boundaries, mode=args.mode, dry_run=args.dry_run)
+    job = handle.refactor(
+        stages=args.stages,
+        boundaries=args.boundaries,
+        pipeline=args.pipeline,
+        mode=args.mode,
+        dry_run=args.dry_run,
+    )
     console.print(plan_view(job.plan))
     if args.dry_run:
         return 0 if job.plan.verdict != "refused" else 1

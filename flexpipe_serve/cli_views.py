@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
+from flexpipe_serve.engine.scale_record import ScaleRecord
 from flexpipe_serve.refactor.record import Outcome, Phase, RefactorPlan, RefactorRecord, StagePlan
 
 _COLOURS = {Outcome.DONE: "green", Outcome.RECOVERED: "yellow", Outcome.ABORTED: "red", Outcome.REFUSED: "red"}
@@ -47,13 +48,23 @@ def layer_ranges(layers: Sequence[int]) -> str:
 
 
 def status_view(status: Mapping[str, Any]) -> RenderableType:
-    """``GET /flexpipe/status`` as a head line, a table of stages, KV and queue."""
+    """``GET /flexpipe/status``: for each pipeline a head line, a table of stages, KV and queue."""
+    parts: list[RenderableType] = []
+    if status.get("config_error"):
+        parts.append(f"[red]config error:[/red] {escape(str(status['config_error']))}")
+    pipelines = status["pipelines"]
+    for pipeline in pipelines:
+        number = f"  pipeline {pipeline['pipeline']}" if len(pipelines) > 1 else ""
+        parts.append(_pipeline_view(pipeline, title=f"[bold]{escape(status['model'])}[/bold]{number}"))
+    return Group(*parts)
+
+
+def _pipeline_view(status: Mapping[str, Any], *, title: str) -> RenderableType:
     serving = status["state"] == "serving"
     state = f"[{'green' if serving else 'red'}]{status['state']}[/]"
-    lines = [f"[bold]{escape(status['model'])}[/bold]  {state}  epoch {status['epoch']}"]
-    for key in ("reason", "config_error"):
-        if status.get(key):
-            lines.append(f"[red]{key.replace('_', ' ')}:[/red] {escape(str(status[key]))}")
+    lines = [f"{title}  {state}  epoch {status['epoch']}"]
+    if status["reason"]:
+        lines.append(f"[red]reason:[/red] {escape(str(status['reason']))}")
     stages = _table("stage", "node", "pid", "device", "layers", "weights", "KV", "overhead", "steps", right=5)
     for stage in status["stages"]:
         start, stop = stage["layers"]
@@ -115,6 +126,18 @@ def plan_view(plan: RefactorPlan) -> RenderableType:
         if stages:
             parts.append(f"{what} {', '.join(stages)}")
     return Group(*parts)
+
+
+def scale_view(record: ScaleRecord) -> RenderableType:
+    """What serves after pipelines came or went."""
+    table = _table("pipeline", "boundaries", "KV blocks", right=2)
+    for pipeline in record.pipelines:
+        boundaries = ", ".join(map(str, pipeline.boundaries)) or "one stage"
+        table.add_row(str(pipeline.pipeline), boundaries, str(pipeline.num_blocks))
+    head = f"{record.num_before} → {len(record.pipelines)} pipelines after {seconds(record.seconds)}"
+    if record.num_handed_over:
+        head += f"; {record.num_handed_over} sequences go on in another one"
+    return Group(head, table)
 
 
 def summary_view(record: RefactorRecord) -> RenderableType:

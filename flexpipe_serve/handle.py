@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flexpipe_serve.async_handle import AsyncHandle, AsyncRefactorJob
+from flexpipe_serve.engine.scale_record import ScaleRecord
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.loop_thread import LoopThread
+from flexpipe_serve.placement.drain import DrainRecord
+from flexpipe_serve.planner.types import Decision
 from flexpipe_serve.refactor.record import RefactorPlan, RefactorRecord
 from flexpipe_serve.transport import HttpTransport, ServeTransport, Transport, connect_to_app
 
@@ -69,11 +72,22 @@ class Handle:
         """See AsyncHandle.status."""
         return self._loop.run(self._inner.status())
 
+    def plan(self) -> Decision:
+        """See AsyncHandle.plan."""
+        return self._loop.run(self._inner.plan())
+
+    def decisions(self) -> list[Decision]:
+        """See AsyncHandle.decisions."""
+        return self._loop.run(self._inner.decisions())
+
     def refactor(
         self,
         *,
         stages: int | None = None,
         boundaries: Sequence[int] | None = None,
+        pipeline: int = 0,
+        nodes: Sequence[str] | None = None,
+        avoid: Sequence[str] = (),
         mode: str = "live",
         dry_run: bool = False,
         resize_kv: bool = True,
@@ -86,6 +100,9 @@ class Handle:
         job = self._inner.refactor(
             stages=stages,
             boundaries=boundaries,
+            pipeline=pipeline,
+            nodes=nodes,
+            avoid=avoid,
             mode=mode,
             dry_run=dry_run,
             resize_kv=resize_kv,
@@ -103,6 +120,30 @@ class Handle:
     def refactorings(self) -> list[RefactorRecord]:
         """See AsyncHandle.refactorings."""
         return self._loop.run(self._inner.refactorings())
+
+    def scale(
+        self,
+        *,
+        pipelines: int | None = None,
+        layouts: Sequence[int | Sequence[int]] | None = None,
+        reason: str = "requested",
+    ) -> ScaleRecord:
+        """See AsyncHandle.scale."""
+        return self._loop.run(self._inner.scale(pipelines=pipelines, layouts=layouts, reason=reason))
+
+    def drain(
+        self, node: str, *, deadline_s: float = 60.0, reason: str = "requested", wait: bool = False
+    ) -> DrainRecord:
+        """See AsyncHandle.drain."""
+        return self._loop.run(self._inner.drain(node, deadline_s=deadline_s, reason=reason, wait=wait))
+
+    def drains(self) -> list[DrainRecord]:
+        """See AsyncHandle.drains."""
+        return self._loop.run(self._inner.drains())
+
+    def undrain(self, node: str) -> DrainRecord:
+        """See AsyncHandle.undrain."""
+        return self._loop.run(self._inner.undrain(node))
 
     def events(self) -> list[dict[str, Any]]:
         """See AsyncHandle.events."""
