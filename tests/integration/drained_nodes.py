@@ -19,8 +19,9 @@ from loads import Load, load, make_requests, serve_all
 from ray._private.worker import global_worker
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
+from refactor_faults import refactor
 from served import wait_until
-from several_nodes import NUM_LAYERS, NativeHost
+from several_nodes import NativeHost
 
 from flexpipe_serve.config import KVConfig, LimitsConfig, ModelConfig, ServeArgs
 from flexpipe_serve.engine.assemble import build_engine
@@ -28,6 +29,7 @@ from flexpipe_serve.engine.engine import Engine
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.pipeline.channel import CurveKeys
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
+from flexpipe_serve.refactor.record import RefactorRequest
 
 DEADLINE_S = 20.0
 
@@ -94,7 +96,7 @@ def main(model: str) -> None:
     args = ServeArgs(
         model=ModelConfig(source=model), memory_budget=64 << 30, kv=KVConfig(block_size=4, max_tokens=2000)
     )
-    engine, _ = build_engine(
+    engine, spec = build_engine(
         args,
         host=NativeHost(uuid.uuid4().hex, [here, named]),
         domain_key=uuid.uuid4().hex,
@@ -105,7 +107,7 @@ def main(model: str) -> None:
         keys=CurveKeys.generate(),
     )
     try:
-        engine.start(even_layout(NUM_LAYERS, 2))
+        engine.start(even_layout(spec.num_layers, 2))
         assert nodes_of(engine) == [here, named]
         requests = make_requests(random.Random(2), 12)
         expected = serve_all(engine, requests)
@@ -114,6 +116,8 @@ def main(model: str) -> None:
             report(engine, wait_until_over(engine, named), running)
             cluster.remove_node(workers[0], allow_graceful=False)
             go_on_without(engine, named, running)
+            if taken not in nodes_of(engine):  # there was no time to start a stage there
+                assert refactor(engine, RefactorRequest(stages=2, nodes=(here, taken))).error is None
             preempt(taken)
             report(engine, wait_until_over(engine, taken), running)
             go_on_without(engine, taken, running)  # Ray ends it once it is empty
