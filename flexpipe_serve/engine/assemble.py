@@ -173,6 +173,7 @@ def make_engine_maker(
         num_work_tokens=args.scheduler.max_num_batched_tokens,
         orphan_timeout_s=args.orphan_timeout_s,
         private_kv=args.kv.domain == "stage",
+        host_cache_key=domain_key,
         host_cache_bytes=None if args.host_cache is None else int(args.host_cache),
         keys=keys,
     )

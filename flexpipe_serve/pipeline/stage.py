@@ -54,6 +54,7 @@ class Stage:
             device=self._device,
             stage=setup.name if setup.private_kv else None,
         )
+        self._cache_folder = self._folder
         self._cache = None if setup.host_cache_bytes == 0 else self._join_cache()
         self._filler = CacheFiller(self._model)
         self._stopping = threading.Event()
@@ -183,6 +184,7 @@ class Stage:
             self._inbox.close()
             self._kv.clear()
             self._folder.close()
+            self._cache_folder.close()
 
     def close(self) -> None:
         """End the data loop and let go of everything; the last stage of the domain removes the shared memory."""
@@ -217,7 +219,9 @@ class Stage:
         self._folder.sweep_segments()
 
     def _join_cache(self) -> HostCache:
-        cache = HostCache(self._folder.path, key=self._model.weights_key, max_bytes=self.setup.host_cache_bytes)
+        if self.setup.host_cache_key not in ("", self.setup.domain_key):
+            self._cache_folder = DomainFolder(folder_key(self.setup.host_cache_key, self.node))
+        cache = HostCache(self._cache_folder.path, key=self._model.weights_key, max_bytes=self.setup.host_cache_bytes)
         self._model.use_cache(cache)
         return cache
 

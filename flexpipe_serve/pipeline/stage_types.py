@@ -34,6 +34,8 @@ class StageSetup:
     """The stage's KV is a domain of its own, also on a node that it shares with others."""
     host_cache_bytes: int | None = 0
     """Limit of what the node keeps of the model beside its stages; None: the whole model, 0: nothing."""
+    host_cache_key: str = ""
+    """Names the application where its pipelines have domains of their own: they share what the node keeps."""
     linear: str = "auto"
     """Kind of linear map; 'auto': the one that is fastest on the stage's machine."""
     cores: tuple[int, ...] = ()
