@@ -86,7 +86,7 @@ _tensors = st.dictionaries(
 
 
 @given(shapes=_tensors, seed=st.integers(0, 1 << 30))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_read_was_written(shelf: Shelf, shapes: dict[str, tuple[torch.dtype, list[int]]], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -123,7 +123,7 @@ def test_tensors_of_many_pieces_and_of_any_layout(shelf: Shelf) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_file_is_no_file(shelf: Shelf, data: st.DataObject) -> None:
     weights = {"a": torch.arange(40.0), "b": torch.ones(3, 5, dtype=torch.bfloat16)}
     cache = shelf.cache()
@@ -266,7 +266,7 @@ def test_what_was_used_lately_makes_no_room(shelf: Shelf) -> None:
 
 
 @given(available=st.integers(0, 100_000), max_bytes=st.none() | st.integers(0, 20_000), data=st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_cache_keeps_to_its_limit(
     tmp_path_factory: pytest.TempPathFactory, available: int, max_bytes: int | None, data: st.DataObject
 ) -> None:

@@ -86,7 +86,10 @@ def test_bits_are_those_of_the_checkpoint(
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_half_precision_is_kept_as_it_is(checkpoint: Path, tmp_path: Path, no_checkpoint: Callable[[], None]) -> None:
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3_moe"])
+def test_half_precision_is_kept_as_it_is(name: str, tmp_path: Path, no_checkpoint: Callable[[], None]) -> None:
+    checkpoint = tmp_path / "model"
+    make_checkpoint(checkpoint, name)
     loaded = make_stage(checkpoint, dtype=torch.bfloat16)
     loaded.use_cache(HostCache(tmp_path, key=loaded.weights_key))
     loaded.load(LAYERS, embedding=True, head=True)
@@ -206,6 +209,20 @@ def test_the_cache_outlives_a_stage(stages: Harness, no_checkpoint: Callable[[],
     assert (report.host_cache.num_hits, report.host_cache.num_misses) == (6, 0)
     sequence = stages.sequence([5, 9, 3], num_tokens=8)
     stages.step(2, [sequence])
+
+
+def test_pipelines_of_an_application_share_the_cache(stages: Harness, no_checkpoint: Callable[[], None]) -> None:
+    no_checkpoint()
+    of_first = stages.setup.domain_key
+    with harness(
+        Path(stages.setup.model_path), host_cache_bytes=None, domain_key=f"{of_first}/second", host_cache_key=of_first
+    ) as second:
+        second.start(("stage-0", 0, 4))
+        report = second.stages["stage-0"].report()
+        assert report.host_cache is not None
+        assert report.host_cache.num_hits == 6
+        assert not list(second.folder.path.glob("*.weights"))
+    assert len(list(stages.folder.path.glob("*.weights"))) == 6, "it goes with the last pipeline only"
 
 
 def test_without_a_cache_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
