@@ -25,6 +25,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -239,7 +240,7 @@ class _Bench:
             from flexpipe_serve.bench.adapt_plot import save_plot  # only now: matplotlib takes its time to import
 
             for result in results:
-                slug = "".join(letter if letter.isalnum() else "-" for letter in result.name)
+                slug = re.sub(r"[^A-Za-z0-9.]+", "-", result.name)
                 path = args.plot.with_stem(f"{args.plot.stem}-{slug}")
                 save_plot(result, path)
                 self._console.print(f"wrote {path}")

@@ -43,9 +43,10 @@ def _latency(axis: Axes, run: AdaptRun, *, color: str, end_s: float) -> None:
     latencies = np.array([request.end_s - request.start_s for request in good])
     axis.plot(starts, latencies, ".", color=color, markersize=3, alpha=0.6)
     edges = np.linspace(0, end_s, _NUM_BINS // 4 + 1)
-    slots = np.digitize(starts, edges) - 1
-    means = [latencies[slots == slot].mean() if (slots == slot).any() else np.nan for slot in range(len(edges) - 1)]
-    axis.plot((edges[:-1] + edges[1:]) / 2, means, color=color, label=run.variant.name)
+    slots = np.clip(np.digitize(starts, edges) - 1, 0, len(edges) - 2)
+    busy = np.unique(slots)
+    means = [latencies[slots == slot].mean() for slot in busy]
+    axis.plot((edges[busy] + edges[busy + 1]) / 2, means, "-o", color=color, label=run.variant.name, markersize=4)
 
 
 def _stages(axis: Axes, run: AdaptRun, *, color: str, offset: float) -> None:

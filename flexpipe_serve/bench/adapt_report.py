@@ -26,7 +26,7 @@ class Yardstick:
     """What was measured before a trace's runs, with its lengths.
 
     Args:
-        capacity: requests a second that each static layout sustains, by name.
+        capacity: requests a second that each static layout sustains, by name; {}: not measured as a whole.
         alone: latency of a request on an idle server, with the best of them.
     """
 
@@ -116,11 +116,11 @@ class TraceResult:
 def render(result: TraceResult) -> Group:
     """The table of a trace, the verdicts, and what a reader must know."""
     facts, capacity = result.facts, result.yardstick.capacity
-    shown = ", ".join(f"{name} {rate:.2f}" for name, rate in capacity.items())
+    measured = ", ".join(f"{name} {rate:.2f}" for name, rate in capacity.items())
+    share = f" ({facts.rate / max(capacity.values()):.0%} of the best capacity: {measured})" if capacity else ""
     cv = "-" if facts.cv is None else f"{facts.cv:.2f}"
     head = (
-        f"[bold]{escape(result.name)}[/]: {facts.num_requests} requests at {facts.rate:.2f}/s"
-        f" ({facts.rate / max(capacity.values()):.0%} of the best capacity; {shown} requests/s),"
+        f"[bold]{escape(result.name)}[/]: {facts.num_requests} requests at {facts.rate:.2f}/s{share},"
         f" CV {cv}, busiest tenth {facts.peak:.1f} times the mean,"
         f" {facts.mean_prompt:.0f} + {facts.mean_output:.0f} tokens"
     )

@@ -24,6 +24,8 @@ _LOOK_EVERY_S = 1.0
 """Seldom: every look costs both sides CPU."""
 _SETTLE_S = 120.0
 _PROFILE_S = 300.0
+_KEPT = ("at", "trigger", "verdict", "sentence", "decision_s", "refactoring_id")
+"""Of a decision; the candidates would make the file too large."""
 _WARM_UP = Arrival(0.0, 16, 4)
 
 
@@ -59,7 +61,7 @@ class AdaptRun:
         wave: the requests.
         looks: at the server, in order.
         records: of refactorings that began meanwhile.
-        decisions: of the planner, as ``GET /flexpipe/decisions`` shows them; () where there is none.
+        decisions: of the planner, the main fields as ``GET /flexpipe/decisions`` shows them; () where there is none.
         started_at: Unix time of the wave's start.
     """
 
@@ -178,7 +180,10 @@ class AdaptSession:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+        for end in ends:
+            if isinstance(end, Exception):  # not the cancellation: a layout was refused, or the server went away
+                raise ConfigError(f"{variant.name} could not be measured: {end}")
         decisions = await self._decisions(since=started_at) if variant.policy is not None else []
         # No further decisions while nobody asks for anything.
         await self._deploy(variant.boundaries, {"mode": "off"})
@@ -238,7 +243,7 @@ class AdaptSession:
             answer = await self.handle.call("GET", "/flexpipe/decisions", dict[str, Any])
         except InvalidRequestError:  # a server that has no planner
             return []
-        return [decision for decision in answer["data"] if decision["at"] >= since]
+        return [{key: each[key] for key in _KEPT} for each in answer["data"] if each["at"] >= since]
 
 
 def look_at(status: Mapping[str, Any], *, at_s: float) -> Look:
