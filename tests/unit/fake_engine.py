@@ -9,6 +9,7 @@ from typing import Any
 
 from fake_drains import FakeDrains
 from fake_refactorings import FakeRefactorings
+from fake_scaling import FakeScaling
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -46,7 +47,7 @@ class FakeTokenizer:
         return self.encode(text + "<|turn|>assistant\n" if kwargs.get("add_generation_prompt") else text)
 
 
-class FakeEngine(FakeRefactorings, FakeDrains):
+class FakeEngine(FakeRefactorings, FakeDrains, FakeScaling):
     """Replies ``reply``, token by token; a sampled sequence begins ``seed + index`` tokens later in it.
 
     Args:

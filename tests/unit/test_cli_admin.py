@@ -14,14 +14,14 @@ from flexpipe_serve import async_handle, cli_views
 from flexpipe_serve.cli import main
 from flexpipe_serve.cli_views import RefactorProgress, layer_ranges, seconds, size
 from flexpipe_serve.deployments.api import create_app
-from flexpipe_serve.errors import EngineUnavailableError
+from flexpipe_serve.engine.scale_record import ScaleRequest
+from flexpipe_serve.errors import EngineUnavailableError, RefactorRefusedError
 from flexpipe_serve.refactor.record import Mode, Phase, RefactorRequest
 
-STATUS = {
-    "model": "fake/model",
+PIPELINE = {
+    "pipeline": 0,
     "state": "serving",
     "reason": None,
-    "config_error": "stages is 99.",
     "epoch": 7,
     "stages": [
         {
@@ -39,6 +39,7 @@ STATUS = {
     "kv": {"num_used_blocks": 5, "num_blocks": 20, "use": 0.25, "num_cached_blocks": 2, "max_tokens": 320},
     "queue": {"num_running": 3, "num_waiting": 1, "num_steps_in_flight": 2, "num_preemptions": 0},
 }
+STATUS = {"model": "fake/model", "config_error": "stages is 99.", **PIPELINE, "pipelines": [PIPELINE]}
 
 
 @pytest.fixture(autouse=True)
@@ -69,14 +70,39 @@ def test_status(run, engine, monkeypatch):
     status, out, _ = run("status")
     assert status == 0
     lines = out.splitlines()
-    assert lines[0] == "fake/model  serving  epoch 7"
-    assert lines[1] == "config error: stages is 99."
+    assert lines[0] == "config error: stages is 99."
+    assert lines[1] == "fake/model  serving  epoch 7"
     stage = "stage-0 aaaaaaaa… 4711 cpu 0-14 311 MiB 1.5 GiB 0 B 24"
     assert lines[3].split() == stage.split()
     assert "5 of 20 blocks used (25.0%), 2 cached; room for 320 tokens" in out
     assert "3 running, 1 waiting, 2 steps in flight, 0 preemptions" in out
     assert "\x1b" not in out
     assert json.loads(run("status", "--json")[1]) == STATUS
+
+
+def test_status_of_several_pipelines(run, engine, monkeypatch):
+    second = PIPELINE | {"pipeline": 1, "state": "unavailable", "reason": "a stage was lost.", "epoch": 2}
+    monkeypatch.setattr(engine, "status", lambda: STATUS | {"config_error": None, "pipelines": [PIPELINE, second]})
+    lines = run("status")[1].splitlines()
+    assert lines[0] == "fake/model  pipeline 0  serving  epoch 7"
+    assert "fake/model  pipeline 1  unavailable  epoch 2" in lines
+    assert lines.count("reason: a stage was lost.") == 1
+
+
+def test_scale(run, engine):
+    status, out, err = run("scale", "--pipelines", "2")
+    assert (status, err) == (0, "")
+    assert engine.scale_requests == [ScaleRequest(pipelines=2)]
+    assert out.splitlines()[0] == "1 → 2 pipelines after 1.25 s"
+    assert [line.split() for line in out.splitlines()[2:]] == [["0", "15", "2000"], ["1", "15", "2000"]]
+    status, out, _ = run("scale", "--layouts", "1", "10,20", "9,")
+    assert [layout.boundaries for layout in engine.scale_requests[1].layouts] == [None, (10, 20), (9,)]
+    assert out.splitlines()[2].split() == ["0", "one", "stage", "1333"]
+    assert run("scale", "--pipelines", "1")[1].startswith("3 → 1 pipelines after 1.25 s; 6 sequences go on")
+    status, _, err = run("scale", "--pipelines", "0")
+    assert (status, err) == (1, "error: pipelines asks for 0 pipelines; there can be 1 to 64.\n")
+    engine.refuse_scale_with = RefactorRefusedError("There is no room.")
+    assert run("scale", "--pipelines", "3")[2] == "error: There is no room.\n"
 
 
 def test_refactor(run, engine):

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import math
 import subprocess
 import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
+from fake_drains import NODES
 from fake_engine import REPLY, FakeEngine
 from http_server import serve
 
@@ -24,6 +26,8 @@ from flexpipe_serve.errors import (
     RefactorRefusedError,
 )
 from flexpipe_serve.handle import Handle
+from flexpipe_serve.placement.drain import DrainRequest, DrainState
+from flexpipe_serve.planner.types import CandidateScore, Decision, Demand, Prediction, Split, Trigger, Verdict
 from flexpipe_serve.refactor.record import Mode, Outcome, Phase
 from flexpipe_serve.transport import ServeTransport
 
@@ -113,6 +117,9 @@ def test_refactor_and_wait(handle, engine):
 def test_every_argument_reaches_the_engine(handle, engine):
     job = handle.refactor(
         boundaries=[10, 20],
+        pipeline=1,
+        nodes=["a", "b", "a"],
+        avoid=["c"],
         mode="sync",
         resize_kv=False,
         max_bytes_per_s=1e6,
@@ -123,7 +130,74 @@ def test_every_argument_reaches_the_engine(handle, engine):
     assert job.record().is_over
     (request,) = engine.requests
     assert (request.boundaries, request.mode, request.resize_kv) == ((10, 20), Mode.SYNC, False)
+    assert (request.pipeline, request.nodes, request.avoid) == (1, ("a", "b", "a"), ("c",))
     assert (request.max_bytes_per_s, request.timeout_s, request.reason) == (1e6, 5, "because")
+
+
+def test_scale(handle, engine):
+    record = handle.scale(pipelines=2)
+    assert [(p.pipeline, p.boundaries, p.num_blocks) for p in record.pipelines] == [(0, (15,), 2000), (1, (15,), 2000)]
+    record = handle.scale(layouts=[3, [9], []], reason="because")
+    assert [p.boundaries for p in record.pipelines] == [(10, 20), (9,), ()]
+    assert engine.scale_requests[1].reason == "because"
+    with pytest.raises(InvalidRequestError, match="pipelines asks for 65 pipelines; there can be 1 to 64"):
+        handle.scale(pipelines=65)
+    with pytest.raises(InvalidRequestError, match="there are both"):
+        handle.scale(pipelines=1, layouts=[1])
+    with pytest.raises(RefactorRefusedError, match="boundary 40"):
+        handle.scale(layouts=[[40]])
+    engine.refuse_scale_with = RefactorBusyError("They come or go already.")
+    with pytest.raises(RefactorBusyError, match="already"):
+        handle.scale(pipelines=1)
+
+
+def test_drain(handle, engine):
+    record = handle.drain(NODES[1], deadline_s=20, reason="spot")
+    assert engine.drain_requests == [DrainRequest(node=NODES[1], deadline_s=20, reason="spot")]
+    assert (record.state, record.stages) == (DrainState.DRAINING, ("stage-0", "stage-1"))
+    assert [r.node for r in handle.drains()] == [NODES[1]]
+    assert handle.drain(NODES[1], wait=True).state is DrainState.EMPTY
+    assert handle.undrain(NODES[1]).node == NODES[1]
+    assert handle.drains() == []
+    with pytest.raises(InvalidRequestError, match="not being|no node|is not"):
+        handle.undrain(NODES[1])
+    with pytest.raises(InvalidRequestError, match="deadline_s is 0"):
+        handle.drain(NODES[1], deadline_s=0)
+    engine.drained_by_ray = NODES[0]
+    with pytest.raises(RefactorRefusedError, match="Ray drains"):
+        handle.undrain(NODES[0])
+
+
+def test_plan(handle, engine):
+    split = Split(boundaries=(10,), devices=())
+    prediction = Prediction(
+        ttft_s=math.inf, tpot_s=0.1, latency_s=math.inf, max_rate=1.5, utilisation=2.0, num_kv_tokens=100
+    )
+    current = CandidateScore(split=split, prediction=prediction, score=-1.0)
+    decision = Decision(
+        at=1.0,
+        policy="gated",
+        trigger=Trigger.ASKED,
+        demand=Demand(
+            at=1.0, rate=3.0, rate_gradient=0.0, cv=1.0, cv_by_window={"15s": 1.0}, prompt_tokens=9.0, output_tokens=9.0
+        ),
+        current=current,
+        candidates=(current,),
+        verdict=Verdict.STAY,
+        chosen=None,
+        sentence="Nothing is better.",
+    )
+    engine.plan = lambda: decision
+    engine.decisions = lambda: [decision, decision]
+    assert handle.plan() == decision
+    assert handle.decisions() == [decision, decision]
+    engine.plan = no_profile
+    with pytest.raises(EngineUnavailableError, match="no profile"):
+        handle.plan()
+
+
+def no_profile():
+    raise EngineUnavailableError("There is no profile yet.")
 
 
 def test_a_dry_run_is_over_at_once(handle):

@@ -5,6 +5,7 @@ import msgspec
 import pytest
 from http_client import client_of, error_of, json_of
 
+from flexpipe_serve.engine.scale_record import ScaleRequest
 from flexpipe_serve.errors import EngineUnavailableError, RefactorBusyError, RefactorRefusedError
 from flexpipe_serve.refactor.record import Mode, Outcome, Phase, RefactorRecord, RefactorRequest
 
@@ -43,6 +44,37 @@ async def test_every_field_reaches_the_engine(client, engine):
     await start(client, **body)
     assert engine.requests == [msgspec.convert(body, RefactorRequest)]
     assert engine.requests[0].boundaries == (10, 20)
+
+
+async def test_scale(client, engine):
+    body = {"layouts": [{"stages": 2}, {"boundaries": [10]}], "reason": "peak"}
+    answer = json_of(await client.post("/flexpipe/scale", json=body))
+    assert engine.scale_requests == [msgspec.convert(body, ScaleRequest)]
+    assert [pipeline["boundaries"] for pipeline in answer["pipelines"]] == [[15], [10]]
+    assert len(json_of(await client.post("/flexpipe/scale", json={"pipelines": 1}))["pipelines"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "pipelines"),
+        ({"pipelines": 0}, "pipelines"),
+        ({"pipelines": "two"}, "pipelines"),
+        ({"layouts": []}, "layouts"),
+        ({"layouts": [{"stages": 1, "boundaries": []}]}, "layouts"),
+        ({"pipelines": 1, "reason": "x" * 201}, "reason"),
+    ],
+)
+async def test_a_wrong_scale_is_named(client, engine, body, param):
+    assert error_of(await client.post("/flexpipe/scale", json=body), 400)["param"] == param
+    assert engine.scale_requests == []
+
+
+async def test_scale_without_a_layout_for_it_or_at_the_wrong_time(client, engine):
+    body = {"layouts": [{"boundaries": [40]}]}
+    assert error_of(await client.post("/flexpipe/scale", json=body), 400)["code"] == "refactor_refused"
+    engine.refuse_scale_with = RefactorBusyError("A refactoring is running.")
+    assert error_of(await client.post("/flexpipe/scale", json=body), 409)["code"] == "refactor_busy"
 
 
 async def test_a_single_stage(client):
