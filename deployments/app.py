@@ -124,8 +124,10 @@ class Router:
         assert self._spec is not None
         layout = layout_of(config.layout, num_layers=self._spec.num_layers)
         self._fleet.config_error = None
-        self._user_config = config
+        former, self._user_config = self._user_config, config
         _set_limits(self._fleet, config)
+        if config.planner.mode == "on" and (config.layout, config.pipelines) == (former.layout, former.pipelines):
+            return  # the planner may have left that long ago
         # Not awaited: while layers move, the next user_config must be able to come through.
         self._layout_change = self._fleet.set_layout(layout, num_pipelines=config.pipelines)
         self._layout_change.add_done_callback(self._on_layout_changed)
@@ -163,6 +165,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def _set_limits(fleet: Fleet, config: UserConfig) -> None:
+    fleet.set_planner(config.planner)
     fleet.set_max_waiting(config.limits.max_waiting)
     fleet.set_refactor_limits(
         max_bytes_per_s=float(config.refactor.max_bytes_per_s), num_warm_stages=config.warm_stages

@@ -17,6 +17,7 @@ from flexpipe_serve.engine.client import ModelCard
 from flexpipe_serve.engine.fleet_memory import PipelineUse
 from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.pipeline_memory import PipelineMemory
+from flexpipe_serve.engine.planner_view import PipelineView, make_view
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scheduler import Scheduler
 from flexpipe_serve.engine.scheduler_config import SchedulerConfig
@@ -31,7 +32,7 @@ from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.pipeline import Pipeline
 from flexpipe_serve.pipeline.stage_types import StageReport
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
-from flexpipe_serve.placement.topology import Topology
+from flexpipe_serve.placement.topology import Topology, devices_for_planner
 from flexpipe_serve.refactor.commands import Finish
 from flexpipe_serve.refactor.drainer import Drainer
 from flexpipe_serve.refactor.feasibility import ModelWeights
@@ -207,6 +208,23 @@ class Engine:
     def is_up(self) -> bool:
         """Whether a request could be served now."""
         return self._unavailable is None
+
+    def view(self, *, num_pipelines: int) -> PipelineView | None:
+        """The pipeline as the planner sees it; None while it is not up."""
+        layout = self._pipeline.layout
+        if layout is None or not self.is_up:
+            return None
+        topology = self._drainer.topology()
+        return make_view(
+            layout=layout,
+            reports=self._reports,
+            budgets=self._pipeline.budgets,
+            stats=self._loop.scheduler.stats(),
+            block_size=self._block_size,
+            is_changing=self.is_refactoring,
+            num_pipelines=num_pipelines,
+            usable=() if topology is None else devices_for_planner(topology),
+        )
 
     @property
     def accepts(self) -> bool:

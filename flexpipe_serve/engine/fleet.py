@@ -4,17 +4,22 @@ first. ``fleet_scaling.py`` lets pipelines come and go meanwhile."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from flexpipe_serve.config import PlannerConfig
 from flexpipe_serve.engine.assemble import EngineMaker
 from flexpipe_serve.engine.engine import Engine
 from flexpipe_serve.engine.fleet_routing import FleetRouting
 from flexpipe_serve.engine.fleet_scaling import FleetScaling
 from flexpipe_serve.engine.outputs import SequenceOutput
+from flexpipe_serve.engine.planner_service import PlannerService
+from flexpipe_serve.engine.planner_view import PipelineView
+from flexpipe_serve.engine.profile_source import ProfileSource
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scale_record import ScaleRecord, ScaleRequest
 from flexpipe_serve.engine.step_loop import RetiredError
@@ -23,6 +28,7 @@ from flexpipe_serve.errors import InvalidRequestError, QueueFullError, RefactorB
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest, merge_drains
+from flexpipe_serve.planner.types import Decision
 from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
 
 _MAX_EVENTS = 1000
@@ -48,6 +54,13 @@ class Fleet:
         self._scaling = FleetScaling(
             maker, make_metrics=make_metrics, routing=self._routing, note=self.note, on_gone=self._keep_records
         )
+        self._planner = PlannerService(
+            self,
+            get_profile=ProfileSource(
+                maker.spec.path, dtype=maker.setup.dtype, device=maker.setup.device, num_threads=maker.num_cores
+            ).get,
+            note=self.note,
+        )
         self.config_error: str | None = None
         """Why the latest change of the configuration was refused; shown in the status."""
 
@@ -70,6 +83,7 @@ class Fleet:
         """See EngineClient.generate. The queue's limit is each pipeline's own."""
         if not any(engine.accepts for engine in self.engines):
             await self.check_health()
+        arrived_at = time.monotonic()
         stream = make_stream(
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
@@ -78,9 +92,10 @@ class Fleet:
             priority=priority,
             eos_token_ids=self.model.eos_token_ids,
             backend=self.tokenizer.backend,
-            now=time.monotonic(),
+            now=arrived_at,
         )
         self._routing.admit(stream)
+        self._planner.on_arrival(num_prompt_tokens=len(prompt_token_ids))
         num_output_tokens = 0
         try:
             await self._add(stream)
@@ -89,6 +104,9 @@ class Fleet:
                 num_output_tokens += len(output.token_ids)
                 yield output
         finally:
+            if stream.is_over:
+                latency_s = time.monotonic() - arrived_at
+                self._planner.on_finish(num_output_tokens=num_output_tokens, latency_s=latency_s)
             stream.leave()
             self._routing.close(stream, num_output_tokens=num_output_tokens if stream.is_over else None)
 
@@ -163,6 +181,22 @@ class Fleet:
         await self.check_health()
         return await asyncio.wrap_future(self._scaling.scale(request))
 
+    def plan(self) -> Decision:
+        """See EngineClient.plan."""
+        return self._planner.plan()
+
+    def decisions(self) -> list[Decision]:
+        """See EngineClient.decisions."""
+        return self._planner.decisions()
+
+    def view(self) -> PipelineView | None:
+        """See Plannable.view. The first pipeline stands for all."""
+        engines = self.engines
+        view = engines[0].view(num_pipelines=len(engines)) if engines else None
+        if view is not None and (self._scaling.is_busy or any(engine.is_refactoring for engine in engines)):
+            return dataclasses.replace(view, is_changing=True)
+        return view
+
     async def drain(self, request: DrainRequest) -> DrainRecord:
         """See EngineClient.drain: all pipelines leave the node."""
         return merge_drains([await engine.drain(request) for engine in self.engines])
@@ -198,6 +232,7 @@ class Fleet:
             ConfigError, EngineUnavailableError: why not; nothing is left running.
         """
         self._scaling.start(layout, num_pipelines=num_pipelines)
+        self._planner.start()
 
     def check_alive(self) -> None:
         """Raises EngineUnavailableError when only a new process can help."""
@@ -214,6 +249,11 @@ class Fleet:
     def set_refactor_limits(self, *, max_bytes_per_s: float, num_warm_stages: int) -> None:
         """New limit of copying KV, and a new size of the pool of warm stages, which only the first pipeline has."""
         self._scaling.configure(max_bytes_per_s=max_bytes_per_s, num_warm_stages=num_warm_stages)
+        self._planner.max_bytes_per_s = max_bytes_per_s
+
+    def set_planner(self, config: PlannerConfig) -> None:
+        """A new configuration of the planner."""
+        self._planner.configure(config)
 
     def set_max_waiting(self, max_waiting: int) -> None:
         """A new bound of each pipeline's waiting queue, from the next request on."""
@@ -221,6 +261,7 @@ class Fleet:
 
     def stop(self) -> None:
         """End all requests with an error, and all stages."""
+        self._planner.stop()
         self._scaling.stop()
 
     def note(self, kind: str, message: str) -> None:

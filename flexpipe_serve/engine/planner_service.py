@@ -47,7 +47,6 @@ class PlannerService:
     Args:
         get_profile: the model's profile on the devices at hand; raises EngineUnavailableError while there is none.
         note: writes an event, given its kind and its message.
-        max_bytes_per_s: of KV that a refactoring copies.
         make_policy: by name and knobs.
     """
 
@@ -57,13 +56,13 @@ class PlannerService:
         *,
         get_profile: Callable[[], ModelProfile],
         note: Callable[[str, str], None],
-        max_bytes_per_s: float,
         make_policy: _MakePolicy = make_policy,
     ) -> None:
         self._pipelines = pipelines
         self._get_profile = get_profile
         self._note = note
-        self.max_bytes_per_s = max_bytes_per_s
+        self.max_bytes_per_s = 4e7
+        """Of KV that a refactoring copies."""
         self._make_policy = make_policy
         self._monitor = DemandMonitor()
         self._watching = threading.Lock()

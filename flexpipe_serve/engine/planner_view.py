@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from flexpipe_serve.engine.scheduler_config import SchedulerStats
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.stage_types import StageReport
@@ -84,7 +86,7 @@ def make_view(
     block_size: int,
     is_changing: bool,
     num_pipelines: int = 1,
-    elsewhere: Iterable[StageDevice] = (),
+    usable: Iterable[StageDevice] = (),
 ) -> PipelineView | None:
     """The view of a pipeline.
 
@@ -92,7 +94,8 @@ def make_view(
         reports: of all stages alive, by name.
         budgets: bytes by domain.
         stats: of its scheduler.
-        elsewhere: devices without a stage of this pipeline.
+        usable: devices of the cluster. Those of nodes that have stages are known from their reports; the others are
+            taken to get the largest budget and to need the largest overhead that is seen here, where they have room.
 
     Returns:
         None where a stage of the layout has not reported yet.
@@ -100,6 +103,15 @@ def make_view(
     devices = devices_of(reports.values(), budgets)
     if not devices.keys() >= set(layout.stages):
         return None
+    nodes = {device.node for device in devices.values()}
+    overhead = max(device.overhead_bytes for device in devices.values())
+    elsewhere = (
+        msgspec.structs.replace(
+            device, memory_bytes=min(device.memory_bytes, max(budgets.values())), overhead_bytes=overhead
+        )
+        for device in usable
+        if device.node not in nodes and device.memory_bytes > 0
+    )
     split = split_of(layout, devices, num_pipelines=num_pipelines)
     return PipelineView(
         split=split,

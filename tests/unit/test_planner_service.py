@@ -125,7 +125,6 @@ class Bench:
             self.pipelines,
             get_profile=lambda: None,  # type: ignore[arg-type,return-value]
             note=lambda kind, message: self.events.append((kind, message)),
-            max_bytes_per_s=1e6,
             make_policy=lambda name, weights: self.policy,
         )
 
@@ -175,6 +174,7 @@ def test_demand_reaches_the_policy(bench: Bench) -> None:
     for _ in range(4):
         bench.service.on_arrival(num_prompt_tokens=40)
     bench.service.on_finish(num_output_tokens=7, latency_s=0.5)
+    bench.service.max_bytes_per_s = 1e6
     bench.service.plan()
     state = bench.policy.states[-1]
     assert (state.demand.num_arrived, state.demand.num_waiting, state.demand.num_running) == (4, 1, 2)
