@@ -187,9 +187,15 @@ class FleetScaling:
         """
         layouts = [None if b is None else self._layout(number, b) for number, b in enumerate(wanted)]
         num_handed_over = 0
-        for boundaries in wanted[len(self.engines) :]:
-            assert boundaries is not None
-            self._add(boundaries)
+        num_before = len(self.engines)
+        try:
+            for boundaries in wanted[num_before:]:
+                assert boundaries is not None
+                self._add(boundaries)
+        except BaseException:  # all or none
+            while len(self.engines) > num_before:
+                self._remove_last()
+            raise
         changes = [e.set_layout(layout) for e, layout in zip(self.engines, layouts, strict=False) if layout is not None]
         for change in changes:
             change.result(_REFACTOR_S)

@@ -11,6 +11,7 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engines import LinearHost, even_layout, running_engine
@@ -53,6 +54,10 @@ def scale(fleet: Fleet, **fields: object) -> ScaleRecord:
 
 def boundaries(fleet: Fleet) -> list[list[int]]:
     return [pipeline["layout"]["boundaries"] for pipeline in fleet.status()["pipelines"]]
+
+
+def stages(fleet: Fleet) -> list[dict[str, Any]]:
+    return [stage for pipeline in fleet.status()["pipelines"] for stage in pipeline["stages"]]
 
 
 def kinds(fleet: Fleet) -> list[str]:
@@ -104,8 +109,8 @@ def test_clients_that_leave_meanwhile_are_found(six_layers: Path, host: LocalSta
         leaving = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             clients = [group.create_task(client(fleet, i, leaving)) for i in range(16)]
-            while fleet.engines[1].loop.scheduler.stats().num_running < 4:
-                await asyncio.sleep(0)
+            loop = fleet.engines[1].loop
+            await asyncio.wrap_future(loop.when(lambda: loop.scheduler.stats().num_running >= 4))
             leaving.set()
             await fleet.scale(ScaleRequest(pipelines=1))
         return [task.result() for task in clients]
@@ -173,11 +178,8 @@ def test_pipelines_share_the_memory_and_give_it_back(
         shares = [pipeline.num_blocks for pipeline in record.pipelines]
         assert 0 < abs(shares[0] - shares[1]) < whole // 20 or shares[0] == shares[1]
         assert sum(shares) < whole
-        held = sum(stage["kv_bytes"] for pipeline in fleet.status()["pipelines"] for stage in pipeline["stages"])
-        weights = sum(
-            s["weights_bytes"] + s["overhead_bytes"] for p in fleet.status()["pipelines"] for s in p["stages"]
-        )
-        assert held + weights <= 16 << 20
+        held = ("kv_bytes", "weights_bytes", "overhead_bytes")
+        assert sum(stage[kind] for kind in held for stage in stages(fleet)) <= 16 << 20
         scale(fleet, pipelines=1)
         assert alone.loop.scheduler.stats().num_blocks == whole
         check_idle(alone, host)
@@ -190,14 +192,9 @@ def test_what_does_not_fit_is_refused_and_all_is_as_before(
     with running_fleet(six_layers, host, memory_budget=3 << 20, max_tokens=1 << 30) as fleet:
         before = fleet.status()["kv"]
         with pytest.raises(RefactorRefusedError, match=r"no room for .*memory budget of domain 'local' is \d+ MiB"):
-            for num_pipelines in range(2, 9):
-                scale(fleet, pipelines=num_pipelines)
-        num_pipelines = len(fleet.engines)
-        assert num_pipelines < 8
-        assert {name for name, stage in host._alive.items() if not stage.is_over} == {
-            stage["name"] for pipeline in fleet.status()["pipelines"] for stage in pipeline["stages"]
-        }
-        scale(fleet, pipelines=1)
+            scale(fleet, pipelines=8)
+        assert "pipeline_started" in kinds(fleet)  # some would have fitted
+        assert len(fleet.engines) == 1
         assert fleet.status()["kv"] == before
         with pytest.raises(ConfigError, match="boundary 9 must lie between"):
             scale(fleet, layouts=(PipelineLayout(boundaries=(9,)),))
@@ -209,9 +206,7 @@ def test_each_pipeline_is_refactored_by_itself(six_layers: Path, host: LocalStag
 
         async def run() -> None:
             record = await fleet.refactor(RefactorRequest(boundaries=(2, 4), pipeline=1))
-            assert [stage.stage for stage in record.plan.new] == ["p1-stage-0", "p1-stage-2", "p1-stage-1"] or all(
-                stage.stage.startswith("p1-stage-") for stage in record.plan.new
-            )
+            assert all(stage.stage.startswith("p1-stage-") for stage in record.plan.new)
             with pytest.raises(RefactorBusyError, match="refactoring is running"):
                 await fleet.scale(ScaleRequest(pipelines=1))
             with pytest.raises(InvalidRequestError, match="pipeline is 2; there are 2"):

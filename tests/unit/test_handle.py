@@ -159,7 +159,7 @@ def test_drain(handle, engine):
     assert handle.drain(NODES[1], wait=True).state is DrainState.EMPTY
     assert handle.undrain(NODES[1]).node == NODES[1]
     assert handle.drains() == []
-    with pytest.raises(InvalidRequestError, match="not being|no node|is not"):
+    with pytest.raises(InvalidRequestError, match="is not"):
         handle.undrain(NODES[1])
     with pytest.raises(InvalidRequestError, match="deadline_s is 0"):
         handle.drain(NODES[1], deadline_s=0)
