@@ -245,7 +245,7 @@ class Drainer:
             node_of |= {part.stage: part.node for part in running.plan.new if part.node is not None}
         needed = {*layout.stages, *(part.stage for part in (running.plan.new if running else ()))}
         there = [name for name, node in node_of.items() if node in avoid]
-        self._update_records(node_of)
+        self._update_records(node_of, running)
         step = next_step(
             num_stages=len([name for name in there if name in needed]),
             num_spare=len([name for name in there if name not in needed]),
@@ -265,12 +265,13 @@ class Drainer:
             self._retry_at = time.monotonic() + _RETRY_S
             self._move(layout, node_of)
 
-    def _update_records(self, node_of: dict[str, str]) -> None:
+    def _update_records(self, node_of: dict[str, str], running: RefactorRecord | None) -> None:
         now = time.time()
         for record in self._draining():
             record.seconds = now - record.requested_at
             record.stages = tuple(name for name, node in node_of.items() if node == record.node)
-            if not record.stages:
+            is_moving = running is not None and running.id in record.refactorings  # perhaps about to end a stage
+            if not record.stages and not is_moving:
                 early = "" if record.deadline_at is None else f", {record.deadline_at - now:.1f} s before its deadline"
                 router = " The Router itself runs there, and ends with the node." if record.holds_router else ""
                 self._close(record, DrainState.EMPTY, f"It holds no stage any more{early}.{router}")
