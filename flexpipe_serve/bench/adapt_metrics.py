@@ -104,6 +104,7 @@ class Look:
         boundaries: of the first pipeline.
         num_running: sequences.
         num_waiting: sequences.
+        num_blocks: of KV, of the first pipeline.
     """
 
     at_s: float
@@ -113,6 +114,7 @@ class Look:
     boundaries: tuple[int, ...]
     num_running: int
     num_waiting: int
+    num_blocks: int
 
 
 def held_seconds(times_s: Sequence[float], counts: Sequence[int], *, start_s: float, end_s: float) -> float:

@@ -258,4 +258,5 @@ def look_at(status: Mapping[str, Any], *, at_s: float) -> Look:
         boundaries=tuple(status["layout"]["boundaries"]),
         num_running=status["queue"]["num_running"],
         num_waiting=status["queue"]["num_waiting"],
+        num_blocks=status["kv"]["num_blocks"],
     )

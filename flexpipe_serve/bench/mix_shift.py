@@ -160,6 +160,9 @@ class _Experiment:
         }
         user_config = {"layout": {"boundaries": [plan.new]}, "warm_stages": 0}
         async with running_session(args, self._builder, server_args=server_args, user_config=user_config) as session:
+            # What processes take grows when they are used first, and KV gets what they leave.
+            requests, prompts = self._both_kinds()
+            await session.capacity(requests, prompts, concurrency=_LOOK_AT)
             even = (await session.handle.status())["layout"]["num_layers"] // 2
             await self._sweep(session, sorted({*(args.sweep or range(plan.old, plan.new + 1)), even}))
             self._console.print(sweep_table(self._points, self._mixes))
@@ -181,12 +184,7 @@ class _Experiment:
             },
             user_config={"layout": {"stages": 2}, "warm_stages": 0},
         )
-        requests = [
-            Arrival(0.0, mix.num_prompt_tokens, min(mix.num_output_tokens, _LOOK_AT_OUTPUT))
-            for _ in range(_LOOK_AT)
-            for mix in self._mixes
-        ]
-        prompts = make_prompts(self._builder, requests, seed=(args.seed, 0))
+        requests, prompts = self._both_kinds()
         self._console.print(f"looking at memory with plentiful KV (log of the servers: {self._log})")
         calibration = await calibrate(config, requests, prompts, num_few=_LOOK_AT, log=self._log)
         profile = calibration.profile
@@ -198,6 +196,15 @@ class _Experiment:
             f" {plan.old_blocks} with boundary {plan.old}, {plan.new_blocks} with {plan.new}"
         )
         return plan
+
+    def _both_kinds(self) -> tuple[list[Arrival], list[str]]:
+        """Some requests of both kinds, with short outputs."""
+        requests = [
+            Arrival(0.0, mix.num_prompt_tokens, min(mix.num_output_tokens, _LOOK_AT_OUTPUT))
+            for _ in range(_LOOK_AT)
+            for mix in self._mixes
+        ]
+        return requests, make_prompts(self._builder, requests, seed=(self._args.seed, 0))
 
     async def _sweep(self, session: AdaptSession, boundaries: list[int]) -> None:
         concurrency = self._args.concurrency

@@ -214,7 +214,7 @@ def test_one_thing_held_all_the_time(times: list[float], start_s: float, length_
 
 
 def look(at_s: float, num_stages: int, num_devices: int) -> Look:
-    return Look(at_s, num_stages, num_devices, 1, (), 0, 0)
+    return Look(at_s, num_stages, num_devices, 1, (), 0, 0, 9)
 
 
 def test_figures_of_a_run() -> None:
@@ -264,7 +264,10 @@ def test_looks_count_the_stages_of_all_pipelines() -> None:
     from flexpipe_serve.bench.adapt_run import look_at
 
     stages = [{"compute": "n/cpu"}, {"compute": "n/cores 1"}]
-    status = {"layout": {"boundaries": [3]}, "stages": stages, "queue": {"num_running": 2, "num_waiting": 1}}
-    assert look_at(status, at_s=1.5) == Look(1.5, 2, 2, 1, (3,), 2, 1)
+    status = {
+        "layout": {"boundaries": [3]}, "stages": stages, "queue": {"num_running": 2, "num_waiting": 1},
+        "kv": {"num_blocks": 7},
+    }  # fmt: skip
+    assert look_at(status, at_s=1.5) == Look(1.5, 2, 2, 1, (3,), 2, 1, 7)
     both = {**status, "pipelines": [{"stages": stages}, {"stages": stages[:1]}]}
-    assert look_at(both, at_s=0) == Look(0, 3, 2, 2, (3,), 2, 1)
+    assert look_at(both, at_s=0) == Look(0, 3, 2, 2, (3,), 2, 1, 7)

@@ -75,7 +75,7 @@ def run_of(name: str, *, repeat: int = 0, factor: float = 1.0, policy: str | Non
         )
         for at_s, prompt in ((0.0, 100), (2.0, 100), (6.0, 10), (8.0, 10))
     )  # fmt: skip
-    looks = (Look(0.0, 1, 1, 1, (), 1, 0), Look(5.0, 2, 1, 1, (15,), 1, 0))
+    looks = (Look(0.0, 1, 1, 1, (), 1, 0, 9), Look(5.0, 2, 1, 1, (15,), 1, 0, 9))
     variant = Variant(name, (), policy)
     return AdaptRun(variant, repeat, Wave(name, 0.0, requests, 0.1), looks, (), ({"verdict": "stay"},), 1e9)
 
