@@ -205,7 +205,8 @@ class Simulation:
     # ------------------------------------------------------------------ the planner
 
     def _tick(self) -> None:
-        assert self._is_refactoring or not all(p.is_idle for p in self._pipelines) or not self._requests, "stuck"
+        is_idle = all(pipeline.is_idle for pipeline in (*self._pipelines, *self._leaving))
+        assert self._is_refactoring or not is_idle or not self._requests, "requests wait and nothing runs"
         state = self._state()
         utilisation = 0.0
         if self._policy is not None and not self._is_refactoring:

@@ -106,7 +106,7 @@ def test_waiting_is_that_of_the_queue_that_it_is():
     # One place, equal requests, Poisson arrivals: M/D/1, whose wait Pollaczek and Khinchine tell.
     split = split_of(1)
     service_s = step_s(prompt_shape(64), split)
-    arrivals = gamma_arrivals(4000, rate=0.6 / service_s, cv=1, num_prompt_tokens=64, num_output_tokens=1, seed=[4])
+    arrivals = gamma_arrivals(3000, rate=0.6 / service_s, cv=1, num_prompt_tokens=64, num_output_tokens=1, seed=[4])
     result = run(arrivals, split, max_num_seqs=1)
     wait_s = np.mean([request.latency_s for request in result.requests]) - service_s
     assert wait_s == pytest.approx(0.6 * service_s / (2 * (1 - 0.6)), rel=0.12)
