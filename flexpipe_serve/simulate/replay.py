@@ -49,9 +49,9 @@ def replay(
     if boundaries is None:
         raise ConfigError(
             f"{profile.model} has {profile.num_layers} layers and"
-            f" {profile.stage_bytes(0, profile.num_layers) / 2**20:.0f} MiB of weights; that does not fit"
-            f" {num_stages} stages with {memory_bytes / 2**20:.0f} MiB each, of which a process takes"
-            f" {_STAGE_OVERHEAD_BYTES / 2**20:.0f} MiB."
+            f" {profile.stage_bytes(0, profile.num_layers) / 2**20:.0f} MiB of weights, which {num_stages} of the nodes"
+            f" cannot hold: each has {memory_bytes / 2**20:.0f} MiB, of which a process takes"
+            f" {_STAGE_OVERHEAD_BYTES / 2**20:.0f}. Begin with more stages, or give them more memory."
         )
     return Simulation(
         profile,
