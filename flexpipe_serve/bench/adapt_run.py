@@ -224,8 +224,8 @@ class AdaptSession:
             with contextlib.suppress(RefactorBusyError):
                 await self.handle.refactor(boundaries=boundaries, reason="start of a run")
             return False
-        num_unfinished = status["queue"]["num_running"] + status["queue"]["num_waiting"]
-        return num_unfinished == 0 and len(status["warm_stages"]) >= self._num_warm
+        look = look_at(status, at_s=0.0)
+        return look.num_running + look.num_waiting == 0 and len(status["warm_stages"]) >= self._num_warm
 
     async def _look(self, looks: list[Look], started_s: float) -> None:
         """Fill ``looks`` until cancelled."""
@@ -248,7 +248,7 @@ class AdaptSession:
 
 def look_at(status: Mapping[str, Any], *, at_s: float) -> Look:
     """What the benchmark keeps of ``GET /flexpipe/status``."""
-    pipelines = status.get("pipelines") or [status]
+    pipelines = status["pipelines"]
     stages = [stage for pipeline in pipelines for stage in pipeline["stages"]]
     return Look(
         at_s=at_s,
@@ -256,7 +256,7 @@ def look_at(status: Mapping[str, Any], *, at_s: float) -> Look:
         num_devices=len({stage["compute"] for stage in stages}),
         num_pipelines=len(pipelines),
         boundaries=tuple(status["layout"]["boundaries"]),
-        num_running=status["queue"]["num_running"],
-        num_waiting=status["queue"]["num_waiting"],
+        num_running=sum(pipeline["queue"]["num_running"] for pipeline in pipelines),
+        num_waiting=sum(pipeline["queue"]["num_waiting"] for pipeline in pipelines),
         num_blocks=status["kv"]["num_blocks"],
     )

@@ -264,10 +264,8 @@ def test_looks_count_the_stages_of_all_pipelines() -> None:
     from flexpipe_serve.bench.adapt_run import look_at
 
     stages = [{"compute": "n/cpu"}, {"compute": "n/cores 1"}]
-    status = {
-        "layout": {"boundaries": [3]}, "stages": stages, "queue": {"num_running": 2, "num_waiting": 1},
-        "kv": {"num_blocks": 7},
-    }  # fmt: skip
+    pipeline = {"stages": stages, "queue": {"num_running": 2, "num_waiting": 1}}
+    status = {"layout": {"boundaries": [3]}, "kv": {"num_blocks": 7}, "pipelines": [pipeline]}
     assert look_at(status, at_s=1.5) == Look(1.5, 2, 2, 1, (3,), 2, 1, 7)
-    both = {**status, "pipelines": [{"stages": stages}, {"stages": stages[:1]}]}
-    assert look_at(both, at_s=0) == Look(0, 3, 2, 2, (3,), 2, 1, 7)
+    both = {**status, "pipelines": [pipeline, {**pipeline, "stages": stages[:1]}]}
+    assert look_at(both, at_s=0) == Look(0, 3, 2, 2, (3,), 4, 2, 7)
