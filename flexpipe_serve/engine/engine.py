@@ -259,6 +259,7 @@ class Engine:
     def launch(self, layout: Layout) -> PipelineUse:
         """Start empty stages, for ``start``. See PipelineMemory.launch."""
         self._heartbeat.start()
+        self._pipeline.avoid = frozenset(self._pipeline.read_drained())
         return self._control.submit(self._memory.launch, layout).result()
 
     def memory_use(self) -> PipelineUse:
