@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Callable
 
 from rich.console import Console
-from rich.markup import escape
 
+from flexpipe_serve.cli_server import server_arguments, with_handle
 from flexpipe_serve.cli_views import (
     RefactorProgress,
     events_table,
@@ -18,33 +16,18 @@ from flexpipe_serve.cli_views import (
     status_view,
     summary_view,
 )
-from flexpipe_serve.errors import (
-    ConfigError,
-    EngineUnavailableError,
-    InvalidRequestError,
-    RefactorBusyError,
-    RefactorRefusedError,
-)
-from flexpipe_serve.handle import Handle, RefactorJob, connect
+from flexpipe_serve.handle import Handle, RefactorJob
 from flexpipe_serve.refactor.record import Mode, Outcome, RefactorRecord
-
-_EXPECTED = (ConfigError, EngineUnavailableError, InvalidRequestError, RefactorBusyError, RefactorRefusedError)
-_PLAIN_WIDTH = 200
-"""Of tables that go to a file or a pipe."""
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommands to the parser of ``flexpipe``."""
-    server = argparse.ArgumentParser(add_help=False)
-    server.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
-    server.add_argument(
-        "--api-key", default=os.environ.get("FLEXPIPE_API_KEY"), help="if it wants one (default: $FLEXPIPE_API_KEY)"
-    )
+    server = server_arguments()
     status = commands.add_parser("status", parents=[server], help="the pipeline: stages, memory, queue")
     status.add_argument("--json", action="store_true", help="as the server gives it")
-    status.set_defaults(run=_with_handle(_status))
+    status.set_defaults(run=with_handle(_status))
     events = commands.add_parser("events", parents=[server], help="what happened to the pipeline lately")
-    events.set_defaults(run=_with_handle(_events))
+    events.set_defaults(run=with_handle(_events))
     scale = commands.add_parser("scale", parents=[server], help="let pipelines come and go while they serve")
     wanted = scale.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--pipelines", type=int, metavar="N", help="how many; further ones are split like the first")
@@ -55,7 +38,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="SPLIT",
         help="the split of each, a number of stages or boundaries with a comma: 2 10,20 ('10,' for one boundary)",
     )
-    scale.set_defaults(run=_with_handle(_scale))
+    scale.set_defaults(run=with_handle(_scale))
     refactor = commands.add_parser("refactor", parents=[server], help="change the pipeline's split while it serves")
     split = refactor.add_mutually_exclusive_group(required=True)
     split.add_argument("--stages", type=int, help="number of stages, with layers split evenly")
@@ -64,11 +47,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     split.add_argument("--boundaries", type=_boundaries, help="first layer of each later stage, such as 10,20")
     refactor.add_argument(
+        "--nodes", type=_names, help="where each stage shall stand, such as 10.0.0.1,10.0.0.2 (see flexpipe status)"
+    )
+    refactor.add_argument("--avoid", type=_names, default=(), help="nodes whose layers go elsewhere")
+    refactor.add_argument(
         "--mode", choices=[mode.value for mode in Mode], default="live", help="what goes on meanwhile (default: all)"
     )
     refactor.add_argument("--dry-run", action="store_true", help="only say what would be done, and whether it fits")
     refactor.add_argument("--no-wait", action="store_true", help="return when it has started")
-    refactor.set_defaults(run=_with_handle(_refactor))
+    refactor.set_defaults(run=with_handle(_refactor))
 
 
 def _boundaries(text: str) -> tuple[int, ...]:
@@ -78,23 +65,12 @@ def _boundaries(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 10,20") from None
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
 def _layout(text: str) -> int | tuple[int, ...]:
     return int(text) if text.isdecimal() else _boundaries(text.removesuffix(","))
-
-
-def _with_handle(command: Callable[[argparse.Namespace, Handle, Console], int]) -> Callable[[argparse.Namespace], int]:
-    def run(args: argparse.Namespace) -> int:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=_PLAIN_WIDTH)
-        try:
-            with connect(args.url, api_key=args.api_key) as handle:
-                return command(args, handle, console)
-        except _EXPECTED as error:
-            Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}")
-            return 1
-
-    return run
 
 
 def _status(args: argparse.Namespace, handle: Handle, console: Console) -> int:
@@ -121,6 +97,8 @@ def _refactor(args: argparse.Namespace, handle: Handle, console: Console) -> int
         stages=args.stages,
         boundaries=args.boundaries,
         pipeline=args.pipeline,
+        nodes=args.nodes,
+        avoid=args.avoid,
         mode=args.mode,
         dry_run=args.dry_run,
     )

@@ -56,7 +56,18 @@ def status_view(status: Mapping[str, Any]) -> RenderableType:
     for pipeline in pipelines:
         number = f"  pipeline {pipeline['pipeline']}" if len(pipelines) > 1 else ""
         parts.append(_pipeline_view(pipeline, title=f"[bold]{escape(status['model'])}[/bold]{number}"))
+    if len(status["nodes"]) > 1:
+        parts.append(_nodes_view(status["nodes"]))
     return Group(*parts)
+
+
+def _nodes_view(nodes: Sequence[Mapping[str, Any]]) -> RenderableType:
+    table = _table("node", "address", "rack", "zone", "state", "stages")
+    for node in nodes:
+        state = "[yellow]draining[/]" if node["draining"] else "[green]alive[/]" if node["alive"] else "[red]gone[/]"
+        places = [escape(node[key]) or "-" for key in ("address", "rack", "zone")]
+        table.add_row(_short(node["id"]), *places, state, escape(", ".join(node["stages"])) or "-")
+    return table
 
 
 def _pipeline_view(status: Mapping[str, Any], *, title: str) -> RenderableType:

@@ -22,6 +22,7 @@ from flexpipe_serve.engine.planner_view import PipelineView
 from flexpipe_serve.engine.profile_source import ProfileSource
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scale_record import ScaleRecord, ScaleRequest
+from flexpipe_serve.engine.stage_status import merge_nodes
 from flexpipe_serve.engine.step_loop import RetiredError
 from flexpipe_serve.engine.stream import RequestStream, make_stream
 from flexpipe_serve.errors import InvalidRequestError, QueueFullError, RefactorBusyError
@@ -138,6 +139,7 @@ class Fleet:
         return {
             **pipelines[0],
             "config_error": self.config_error,
+            "nodes": merge_nodes(status["nodes"] for status in pipelines),
             "pipelines": [
                 {"pipeline": number, **{key: value for key, value in status.items() if key != "model"}}
                 for number, status in enumerate(pipelines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -54,6 +54,20 @@ def describe_nodes(topology: Topology | None, node_of: Mapping[str, str]) -> lis
         for node in nodes
         if node.is_alive or node.name in node_of.values()
     ]
+
+
+def merge_nodes(of_pipelines: Iterable[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The nodes with the stages of all pipelines.
+
+    Args:
+        of_pipelines: what ``describe_nodes`` gives for each.
+    """
+    merged: dict[str, dict[str, Any]] = {}
+    for nodes in of_pipelines:
+        for node in nodes:
+            entry = merged.setdefault(node["id"], {**node, "stages": []})
+            entry["stages"] = [*entry["stages"], *node["stages"]]
+    return list(merged.values())
 
 
 def describe_pipeline(

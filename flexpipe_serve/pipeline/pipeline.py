@@ -75,7 +75,7 @@ class Pipeline:
         self._domains: dict[str, str] = {}
         self._homes: dict[str, str] = {}
         """Node where each stage stands or is to stand."""
-        self.avoid: frozenset[str] = frozenset()
+        self.avoid = frozenset(host.read_drained())
         """Nodes where no stage is launched any more."""
         self._expected_ends: set[str] = set()
         self._lock = threading.Lock()

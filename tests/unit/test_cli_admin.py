@@ -39,7 +39,7 @@ PIPELINE = {
     "kv": {"num_used_blocks": 5, "num_blocks": 20, "use": 0.25, "num_cached_blocks": 2, "max_tokens": 320},
     "queue": {"num_running": 3, "num_waiting": 1, "num_steps_in_flight": 2, "num_preemptions": 0},
 }
-STATUS = {"model": "fake/model", "config_error": "stages is 99.", **PIPELINE, "pipelines": [PIPELINE]}
+STATUS = {"model": "fake/model", "config_error": "stages is 99.", **PIPELINE, "pipelines": [PIPELINE], "nodes": []}
 
 
 @pytest.fixture(autouse=True)

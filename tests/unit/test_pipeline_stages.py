@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 
 import pytest
@@ -14,6 +14,8 @@ from flexpipe_serve.pipeline.channel import Endpoint
 from flexpipe_serve.pipeline.layout import make_layout
 from flexpipe_serve.pipeline.pipeline import Pipeline
 from flexpipe_serve.pipeline.stage_types import Assignment, StageHandle, StageReport, StageSetup, stage_compute
+from flexpipe_serve.placement.nodes import one_node_topology
+from flexpipe_serve.placement.topology import DeviceKind, Topology
 
 
 class SlowStage:
@@ -75,6 +77,15 @@ class SlowHost:
     def launch(self, setup: StageSetup, *, node: str | None = None) -> StageHandle:
         self.stages[setup.name] = SlowStage(setup)
         return self.stages[setup.name]
+
+    def topology(self, *, kind: DeviceKind) -> Topology:
+        return one_node_topology(self.node, kind=kind)
+
+    def read_drained(self) -> dict[str, float]:
+        return {}
+
+    def write_drained(self, deadlines: Mapping[str, float], /) -> None:
+        raise NotImplementedError
 
 
 @pytest.fixture
