@@ -8,21 +8,27 @@ PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v)))
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 SHELL = /bin/bash
 
-.PHONY: serve test lint unit clean
+.PHONY: serve test lint tests test-cluster test-rest clean
 
 serve: $(VENV)/.serve
 	@exec $(VENV)/bin/flexpipe serve $(CONFIG) --port $(PORT)
 
-test: lint unit
+test: lint tests
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-unit: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -m "not gpu and not cluster" -n 2 --dist loadfile
-	$(VENV)/bin/python -m pytest -m "cluster and not gpu"
+# At once: those that start Ray wait for processes most of the time.
+tests: $(VENV)/.dev
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target --keep-going test-rest test-cluster
+
+test-rest: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -m "not gpu and not cluster" -n 2 --dist loadfile --durations 10
+
+test-cluster: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -m "cluster and not gpu" --durations 10
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
