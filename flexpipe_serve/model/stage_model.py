@@ -240,11 +240,14 @@ class StageModel:
         return {"norm": norm, "weight": pack_weight(weight, kind=self._linear, between=between)}
 
     def _read_embedding(self, between: Callable[[], None]) -> torch.Tensor:
-        weights = self._from_cache(_EMBEDDING, between) or {"weight": self._read(EMBEDDING_NAME, between)}
-        return weights["weight"]
+        # Of an embedding alone a step reads some rows: large pages are for maps.
+        weights = self._from_cache(_EMBEDDING, between, huge_pages=self._shares_matrix)
+        return self._read(EMBEDDING_NAME, between) if weights is None else weights["weight"]
 
-    def _from_cache(self, part: str, between: Callable[[], None]) -> Weights | None:
-        return None if self._cache is None else self._cache.read(part, device=self._device, between=between)
+    def _from_cache(self, part: str, between: Callable[[], None], *, huge_pages: bool = True) -> Weights | None:
+        if self._cache is None:
+            return None
+        return self._cache.read(part, device=self._device, huge_pages=huge_pages, between=between)
 
     def _read(self, name: str, between: Callable[[], None]) -> torch.Tensor:
         return self._checkpoint.read([name], device=self._device, dtype=self._dtype, between=between)[name]

@@ -66,10 +66,13 @@ class HostCache:
                 if f".{key}{_SUFFIX}" not in path.name and not path.name.endswith(_UNFINISHED):
                     path.unlink(missing_ok=True)
 
-    def read(self, part: str, *, device: torch.device, between: Callable[[], None]) -> dict[str, torch.Tensor] | None:
+    def read(
+        self, part: str, *, device: torch.device, huge_pages: bool = True, between: Callable[[], None]
+    ) -> dict[str, torch.Tensor] | None:
         """The weights of ``part`` on ``device``, as they were written; None where the cache has none.
 
         Args:
+            huge_pages: have them in large pages on a CPU. Worth it for what is read as a whole in each step.
             between: called after every few MB; may wait, or raise to give up.
         """
         path = self._path(part)
@@ -80,7 +83,7 @@ class HostCache:
             return None
         try:
             _touch(fd)
-            weights = read_weights(fd, device=device, between=between)
+            weights = read_weights(fd, device=device, huge_pages=huge_pages, between=between)
         except DamagedFileError as error:
             logger.warning("%s is damaged and is made anew: %s", path, error)
             if is_current(fd, path):

@@ -109,10 +109,13 @@ class WeightsFileWriter:
         _write(fd, np.frombuffer(preamble, np.uint8), 0)
 
 
-def read_weights(fd: int, *, device: torch.device, between: Callable[[], None]) -> dict[str, torch.Tensor]:
+def read_weights(
+    fd: int, *, device: torch.device, huge_pages: bool, between: Callable[[], None]
+) -> dict[str, torch.Tensor]:
     """The tensors of the file that is open as ``fd``, copied to ``device``; they share one piece of memory.
 
     Args:
+        huge_pages: have them in large pages on a CPU.
         between: called after every few MB; may wait, or raise to give up.
 
     Raises:
@@ -123,7 +126,7 @@ def read_weights(fd: int, *, device: torch.device, between: Callable[[], None]) 
     size = header.size - first
     # All in one piece of memory, so that large pages cover it.
     if device.type == "cpu":
-        memory = empty_in_huge_pages((size,), torch.uint8)
+        memory = empty_in_huge_pages((size,), torch.uint8) if huge_pages else torch.empty(size, dtype=torch.uint8)
         buffer = None
     else:
         memory = torch.empty(size, dtype=torch.uint8, device=device)
