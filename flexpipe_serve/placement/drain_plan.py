@@ -179,20 +179,20 @@ class Step(Enum):
 
 
 def next_step(
-    *, num_stages: int, num_spare: int, is_running: bool, is_ours: bool, can_cancel: bool, is_complete: bool
+    *, num_stages: int, num_spare: int, is_running: bool, is_welcome: bool, can_cancel: bool, is_complete: bool
 ) -> Step:
     """Args:
     num_stages: of the layout in force that stand on nodes to be emptied.
     num_spare: stages without layers there.
     is_running: a refactoring is.
-    is_ours: it was started to empty these nodes, all of them.
+    is_welcome: it empties these nodes, all of them, and as soon as need be.
     can_cancel: it is not past its switch.
     is_complete: all stages of the layout in force are up; else they are being brought up, elsewhere.
     """
     if not num_stages and not num_spare:
         return Step.REST
     if is_running:
-        return Step.CANCEL if num_stages and not is_ours and can_cancel else Step.WAIT
+        return Step.CANCEL if num_stages and not is_welcome and can_cancel else Step.WAIT
     if not is_complete:
         return Step.WAIT
     return Step.MOVE if num_stages else Step.END_SPARE

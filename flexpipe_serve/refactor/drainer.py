@@ -79,8 +79,6 @@ class Drainer:
         self._stopping = threading.Event()
         self._wake = threading.Event()
         # Of the control thread.
-        self._ours: tuple[str, frozenset[str]] = ("", frozenset())
-        """The latest refactoring made for a drain, and the nodes it empties."""
         self._was_running = False
         self._retry_at = 0.0
 
@@ -250,7 +248,7 @@ class Drainer:
             num_stages=len([name for name in there if name in needed]),
             num_spare=len([name for name in there if name not in needed]),
             is_running=running is not None or self._was_running,  # and what follows from its end is done
-            is_ours=running is not None and running.id == self._ours[0] and avoid <= self._ours[1],
+            is_welcome=running is not None and self._is_welcome(running),
             can_cancel=running is not None and self._refactorings.can_cancel,
             is_complete=self._pipeline.is_complete,
         )
@@ -264,6 +262,13 @@ class Drainer:
         elif step is Step.MOVE and time.monotonic() >= self._retry_at:
             self._retry_at = time.monotonic() + _RETRY_S
             self._move(layout, node_of)
+
+    def _is_welcome(self, running: RefactorRecord) -> bool:
+        """Whether a refactoring that runs leaves all nodes that are to be emptied, and as soon as need be."""
+        draining = self._draining()
+        is_ours = any(running.id in record.refactorings for record in draining)
+        has_time = all(record.deadline_at is None for record in draining)
+        return (is_ours or has_time) and not any(part.node in self._pipeline.avoid for part in running.plan.new)
 
     def _update_records(self, node_of: dict[str, str], running: RefactorRecord | None) -> None:
         now = time.time()
@@ -304,7 +309,6 @@ class Drainer:
         except (RefactorRefusedError, RefactorBusyError, EngineUnavailableError) as error:
             self._block(draining, str(error))
             return
-        self._ours = (started.id, self._pipeline.avoid)
         for record in draining:
             record.refactorings += (started.id,)
             record.predicted_s = attempt.predicted_s

@@ -253,3 +253,19 @@ def test_a_new_router_keeps_empty_what_the_former_one_was_told_to(host: NodesHos
         assert (record.state, record.deadline_at) == (DrainState.EMPTY, None)
         assert "node-b" not in nodes_of(engine)
         assert [record.node for record in engine.drains()] == ["node-b"]
+
+
+def test_a_stage_that_is_lost_comes_back_elsewhere(
+    engine: Engine, host: NodesHost, requests: list[Request], expected: dict[str, Transcript]
+) -> None:
+    refactor(engine, RefactorRequest(stages=2, nodes=("node-a", "node-c")))
+    assert engine.layout is not None
+    lost = engine.layout.stages[1]
+    with load(engine, requests, expected):
+        drain(engine, "node-b")
+        assert drained(engine, "node-b").state is DrainState.EMPTY
+        num_launched = len(host.launched)
+        host._alive[lost].stop()
+        wait_until(lambda: "rebuilt" in kinds(engine), timeout_s=30, what="the stage to be replaced")
+        assert [(name, node != "node-b") for name, node in host.launched[num_launched:]] == [(lost, True)]
+    check_idle(engine, host)

@@ -142,19 +142,19 @@ def test_the_loading_rate_is_learned() -> None:
 
 @given(st.integers(0, 3), st.integers(0, 3), st.booleans(), st.booleans(), st.booleans(), st.booleans())
 def test_what_runs_is_taken_back_only_where_it_is_in_the_way(
-    num_stages: int, num_spare: int, is_running: bool, is_ours: bool, can_cancel: bool, is_complete: bool
+    num_stages: int, num_spare: int, is_running: bool, is_welcome: bool, can_cancel: bool, is_complete: bool
 ) -> None:
     step = next_step(
         num_stages=num_stages,
         num_spare=num_spare,
         is_running=is_running,
-        is_ours=is_ours,
+        is_welcome=is_welcome,
         can_cancel=can_cancel,
         is_complete=is_complete,
     )
     assert (step is Step.REST) == (num_stages + num_spare == 0)
     if step is Step.CANCEL:
-        assert (is_running, is_ours, can_cancel, num_stages > 0) == (True, False, True, True)
+        assert (is_running, is_welcome, can_cancel, num_stages > 0) == (True, False, True, True)
     if step in (Step.MOVE, Step.END_SPARE):
         assert (is_running, is_complete) == (False, True)
         assert (step is Step.MOVE) == (num_stages > 0)
