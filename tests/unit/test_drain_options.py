@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flexpipe_serve.errors import InvalidRequestError
@@ -28,6 +28,7 @@ def placed_layouts(draw: st.DrawFn) -> tuple[Layout, dict[str, str], tuple[str, 
     return layout, node_of, usable
 
 
+@settings(deadline=None)
 @given(placed_layouts())
 def test_every_option_stands_where_it_may_and_is_a_split_of_the_model(
     case: tuple[Layout, dict[str, str], tuple[str, ...]],
@@ -42,6 +43,7 @@ def test_every_option_stands_where_it_may_and_is_a_split_of_the_model(
         assert set(option.nodes) <= set(usable)
 
 
+@settings(deadline=None)
 @given(placed_layouts())
 def test_the_first_option_changes_nothing_but_what_has_to_go(
     case: tuple[Layout, dict[str, str], tuple[str, ...]],
@@ -56,6 +58,7 @@ def test_the_first_option_changes_nothing_but_what_has_to_go(
     assert {layer for move in moves_between(layout, placed.layout) for layer in move.layers} == gone
 
 
+@settings(deadline=None)
 @given(placed_layouts())
 def test_merged_options_need_no_new_stage(case: tuple[Layout, dict[str, str], tuple[str, ...]]) -> None:
     layout, node_of, usable = case
@@ -91,6 +94,7 @@ def test_a_thousand_nodes_make_no_thousand_options() -> None:
     assert len(drain_options(layout, node_of=node_of, usable=usable)) <= 12
 
 
+@settings(deadline=None)
 @given(placed_layouts(), st.integers(1, 5))
 def test_stages_are_placed_where_they_may_stand(
     case: tuple[Layout, dict[str, str], tuple[str, ...]], num_stages: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpipe_serve.placement.drain import DrainRecord, DrainState, merge_drains
@@ -52,6 +52,7 @@ def offers(draw: st.DrawFn) -> list[Offer]:
 TIMES = st.none() | st.floats(-10, 2000)
 
 
+@settings(deadline=None)
 @given(offers(), TIMES)
 def test_the_gentlest_that_makes_it_else_the_quickest(offered: list[Offer], time_left: float | None) -> None:
     attempt = choose_attempt(offered, time_left=time_left, rates=RATES)
@@ -72,6 +73,7 @@ def test_the_gentlest_that_makes_it_else_the_quickest(offered: list[Offer], time
         assert attempt.predicted_s == min(seconds)
 
 
+@settings(deadline=None)
 @given(offers(), st.floats(0, 2000), st.floats(0, 2000))
 def test_more_time_never_means_a_rougher_way(offered: list[Offer], a: float, b: float) -> None:
     less, more = sorted((a, b))
@@ -81,6 +83,7 @@ def test_more_time_never_means_a_rougher_way(offered: list[Offer], a: float, b: 
         assert list(Pace).index(calm.pace) <= list(Pace).index(hasty.pace)
 
 
+@settings(deadline=None)
 @given(offers(), TIMES)
 def test_a_live_attempt_leaves_time_for_a_replay(offered: list[Offer], time_left: float | None) -> None:
     attempt = choose_attempt(offered, time_left=time_left, rates=RATES)
@@ -140,6 +143,7 @@ def test_the_loading_rate_is_learned() -> None:
         assert learned_rates(RATES, [useless]) == RATES
 
 
+@settings(deadline=None)
 @given(st.integers(0, 3), st.integers(0, 3), st.booleans(), st.booleans(), st.booleans(), st.booleans())
 def test_what_runs_is_taken_back_only_where_it_is_in_the_way(
     num_stages: int, num_spare: int, is_running: bool, is_welcome: bool, can_cancel: bool, is_complete: bool
