@@ -202,7 +202,8 @@ def _in_order(devices: list[StageDevice], present: dict[str, int]) -> tuple[Stag
 def _cuts(
     profile: ModelProfile, devices: tuple[StageDevice, ...], shape: StepShape, levels: tuple[int, ...]
 ) -> Iterator[tuple[int, ...]]:
-    """The fastest cuts with room for each level of KV, and the cut with the most room where the highest does not fit.
+    """The fastest cuts with room for each level of KV; where the highest does not fit the one with the most room, and
+    one between that and the fastest.
 
     Args:
         levels: tokens of KV, rising.
@@ -214,11 +215,12 @@ def _cuts(
             break
         fitting = level
         yield boundaries
-        if level == levels[-1] or _has_room(profile, devices, boundaries, levels[-1]):
+        room = StepTimes(profile, Split(boundaries=boundaries, devices=devices)).num_kv_tokens
+        if room >= levels[-1]:
             return
     if not fitting or len(devices) > _FINE:
         return
-    roomiest = None
+    fastest_room, roomiest = room, None
     while level > 1.05 * fitting:
         middle = (fitting + level) // 2
         boundaries = best_boundaries(profile, devices, shape, num_kv_tokens=middle)
@@ -226,25 +228,26 @@ def _cuts(
             level = middle
         else:
             fitting, roomiest = middle, boundaries
-    if roomiest is not None:
-        yield roomiest
+    if roomiest is None:
+        return
+    yield roomiest
+    between = best_boundaries(profile, devices, shape, num_kv_tokens=int(math.sqrt(fastest_room * fitting)))
+    assert between is not None, "the roomiest cut has the room"
+    yield between
 
 
-def _has_room(
-    profile: ModelProfile, devices: tuple[StageDevice, ...], boundaries: tuple[int, ...], num_kv_tokens: int
-) -> bool:
-    return StepTimes(profile, Split(boundaries=boundaries, devices=devices)).num_kv_tokens >= num_kv_tokens
-
-
-def refusal(candidate: Candidate, state: PlannerState, demand: Demand) -> str | None:
-    """Why memory rules a candidate out, with the numbers; None where it does not."""
-    num_after = candidate.steps.num_kv_tokens
-    num_least = max(state.num_kv_tokens_in_use, math.ceil(demand.prompt_tokens + demand.output_tokens))
+def refusal(candidate: Candidate, state: PlannerState, demand: Demand, *, present: Candidate) -> str | None:
+    """Why memory rules a candidate out, with the numbers; None where it does not. What ``present`` has no room for need
+    not have room before the change is made."""
+    num_in_use = state.num_kv_tokens_in_use
+    num_of_request = math.ceil(demand.prompt_tokens + demand.output_tokens)
+    num_after, needed = candidate.steps.num_kv_tokens, max(num_in_use, num_of_request)
+    if num_after < needed:
+        return f"room for {num_after} tokens of KV, but {needed} are needed"
     num_during = candidate.transition.num_kv_tokens
-    if num_after < num_least:
-        return f"room for {num_after} tokens of KV, but {num_least} are needed"
-    if num_during < num_least:
-        return f"room for {num_during} tokens of KV while both splits are held, but {num_least} are needed"
+    needed = max(num_in_use, min(num_of_request, present.steps.num_kv_tokens))
+    if num_during < needed:
+        return f"room for {num_during} tokens of KV while both splits are held, but {needed} are needed"
     return None
 
 

@@ -40,11 +40,11 @@ def transition_cost(
     """
     profile = present.steps.profile
     num_running = demand.rate * latency_s
-    load_share = 1 - (1 - _BUSY_SHARE) * min(1.0, num_running)
+    busy_share = 1 - (1 - _BUSY_SHARE) * min(1.0, num_running)
     copied_bytes = transition.num_copied_layers * profile.kv_bytes_per_token * state.num_kv_tokens_in_use
     duration_s = (
         (_START_S if transition.num_started else 0.0)
-        + transition.load_s / load_share
+        + max(transition.load_s, transition.busy_load_s / busy_share)
         + copied_bytes / state.migration_bytes_per_s
     )
     extra_s = SLOWDOWN * latency_s

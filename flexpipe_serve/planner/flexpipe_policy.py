@@ -135,7 +135,9 @@ class FlexPipePolicy:
                 )
             refused = self._rejection(candidate.split, demand, throughput, coarsest)
             if refused is None and candidate is not self._candidates[0]:
-                refused = refusal(candidate, state, demand) or self._lateness(model, demand, duration_s)
+                refused = refusal(candidate, state, demand, present=self._candidates[0]) or self._lateness(
+                    model, demand, duration_s
+                )
             scores.append(
                 CandidateScore(
                     split=candidate.split,

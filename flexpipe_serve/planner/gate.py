@@ -53,7 +53,8 @@ class Gate:
     """Remembers who won lately, and which way the pipeline changed last.
 
     A split beyond its capacity is left for one within it whatever the margin says, and also within the cool-down,
-    unless the last change was for more capacity already: that one has to show its effect first.
+    unless the last change was for more capacity already: that one has to show its effect first. Where there is a queue
+    already, agreement is not waited for.
     """
 
     def __init__(self, weights: PlannerWeights) -> None:
@@ -102,7 +103,8 @@ class Gate:
                 Verdict.STAY,
                 f"{numbers}; but the last change was {since_s:.3g} s ago, less than {weights.cool_down_s:g} s",
             )
-        is_urgent = relieves or state.trigger in (Trigger.STALL, Trigger.ASKED)
+        has_queue = relieves and state.demand.num_waiting > 0
+        is_urgent = has_queue or state.trigger in (Trigger.STALL, Trigger.ASKED)
         if not is_urgent and num_agreed < NUM_AGREEING:
             return Judgement(Verdict.STAY, f"{numbers}; seen {num_agreed} times in a row, {NUM_AGREEING} are needed")
         if state.trigger is not Trigger.ASKED:

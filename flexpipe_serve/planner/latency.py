@@ -84,8 +84,8 @@ class SplitModel:
         )
 
     def latency_over(self, horizon_s: float) -> float:
-        """Mean latency of the requests of the next ``horizon_s``, with those that wait now before them: finite also
-        beyond capacity, where the queue grows only for so long. Infinite where not even one request's KV fits."""
+        """Mean latency of the requests of the next ``horizon_s``, with those that run and wait now before them: finite
+        also beyond capacity, where the queue grows only for so long. Infinite where not even one request's KV fits."""
         if not self.num_places:
             return math.inf
         # A queue that starts empty comes to no more in time than a random walk without drift.
@@ -93,21 +93,36 @@ class SplitModel:
         wait_s = 2 / 3 * math.sqrt(2 * variance * horizon_s * self._num_pipelines / (math.pi * self.max_rate))
         if self.utilisation < 1:
             wait_s = min(wait_s, self._wait_s())
-        return wait_s + self._backlog_s(horizon_s) + self._inner_wait_s() + self._present.residence_s
+        num_present = self._mean_present(horizon_s)
+        num_queued = max(0.0, num_present - self.num_places)
+        num_seqs = min(num_present + self._burst(self._present), self.num_places)
+        stay_s = self._requests.with_seqs(num_seqs).residence_s + num_queued * self._num_pipelines / self.max_rate
+        return wait_s + self._inner_wait_s() + stay_s
+
+    def _mean_present(self, horizon_s: float) -> float:
+        """Requests in a pipeline or its queue over the horizon, as a fluid: what is too many now drains, what is beyond
+        capacity piles up."""
+        drift = self._rate - self.max_rate / self._num_pipelines
+        num_present = (self._demand.num_running + self._demand.num_waiting) / self._num_pipelines
+        num_final = self._rate * self._present.residence_s if drift < 0 else self.num_places
+        excess = num_present - num_final
+        if excess <= 0:
+            # No more can have piled up than have come.
+            return min(num_final + max(0.0, drift) * horizon_s / 2, num_present + self._rate * horizon_s / 2)
+        end_s = horizon_s if drift >= 0 else min(horizon_s, -excess / drift)
+        return num_final + (excess * end_s + drift * end_s**2 / 2) / horizon_s
 
     def _find_present(self) -> Times:
         """The least number n of sequences with ``n = rate * residence(n) + burst``: what a request finds, on average,
         with itself. At most all places."""
-        before, excess_before = None, 0.0
-        for index in range(len(self._requests.batches)):
+        before = excess_before = 0.0
+        for index, batch in enumerate(self._requests.batches):
             times = self._requests.at(index)
-            excess = times.num_seqs - self._burst(times) - self._rate * times.residence_s
-            if excess >= 0 and before is not None:
-                part = excess_before / (excess_before - excess)
-                return Times(*(a + part * (b - a) for a, b in zip(before, times, strict=True)))
+            excess = batch - self._burst(times) - self._rate * times.residence_s
             if excess >= 0:
-                break
-            before, excess_before = times, excess
+                part = excess_before / (excess_before - excess) if index else 0.0
+                return self._requests.with_seqs(before + part * (batch - before) if index else batch)
+            before, excess_before = batch, excess
         return times
 
     def _burst(self, times: Times) -> float:
@@ -132,13 +147,6 @@ class SplitModel:
         chance = math.pow(taken, math.sqrt(2 * (places + 1)) - 1)
         variance = (self._arrival_variance + self._service_variance) / 2
         return variance * chance / (self.max_rate / self._num_pipelines - self._rate)
-
-    def _backlog_s(self, horizon_s: float) -> float:
-        """Mean wait behind those that wait now and those that come beyond capacity, as a fluid."""
-        num_waiting = self._demand.num_waiting
-        drift = self._demand.rate - self.max_rate
-        end_s = horizon_s if drift >= 0 else min(horizon_s, -num_waiting / drift)
-        return (num_waiting * end_s + drift * end_s**2 / 2) / (self.max_rate * horizon_s)
 
     def _inner_wait_s(self) -> float:
         """Of a request that has its place: for the step that is being computed, and for the prompts of others, those

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from flexpipe_serve.planner.candidates import Candidate, CandidateMaker, refusal, split_key
 from flexpipe_serve.planner.cost import transition_cost
@@ -43,6 +43,16 @@ def make_policy(name: Literal["gated", "flexpipe"], weights: PlannerWeights) -> 
     return GatedPolicy(weights) if name == "gated" else FlexPipePolicy(weights)
 
 
+class _Present(NamedTuple):
+    """The split that serves."""
+
+    candidate: Candidate
+    model: SplitModel
+    latency_s: float
+    """Over the horizon, if nothing changes."""
+    correction: float
+
+
 class GatedPolicy:
     """Predicted gain over the horizon against predicted cost."""
 
@@ -57,13 +67,10 @@ class GatedPolicy:
         demand = expected_demand(state.demand, self._weights.horizon_s)
         candidates = self._maker.candidates(profile, state, demand)
         self._notice_change(profile, state, demand, candidates[0])
-        present = SplitModel(candidates[0].steps, demand)
-        latency_s = self._latency_s(present)
-        correction = self._correction(candidates[0], state)
-        current = CandidateScore(split=state.current, prediction=present.predict(), score=0.0)
-        scores = [current]
-        for candidate in candidates[1:]:
-            scores.append(self._score(candidate, state, demand, present, latency_s, correction))
+        model = SplitModel(candidates[0].steps, demand)
+        present = _Present(candidates[0], model, self._latency_s(model), self._correction(candidates[0], state))
+        current = CandidateScore(split=state.current, prediction=model.predict(), score=0.0)
+        scores = [current, *(self._score(candidate, state, demand, present) for candidate in candidates[1:])]
         is_saturated = current.prediction.utilisation >= 1
         # A way out of saturation comes before what saves more and is saturated too.
         scores.sort(
@@ -75,35 +82,27 @@ class GatedPolicy:
         elif demand.num_arrived < FEW_ARRIVALS:
             why = f"{demand.num_arrived} requests so far tell too little"
         else:
-            total_s = correction * latency_s * demand.rate * self._weights.horizon_s
+            total_s = present.correction * present.latency_s * demand.rate * self._weights.horizon_s
             best = scores[0] if scores[0] is not current else None
             verdict, why = self._gate.judge(state, current, best, present_total_s=total_s)
             if verdict is Verdict.MOVE:
                 chosen = scores[0].split
         return make_decision("gated", state, current=current, candidates=scores, chosen=chosen, why=why)
 
-    def _score(
-        self,
-        candidate: Candidate,
-        state: PlannerState,
-        demand: Demand,
-        present: SplitModel,
-        latency_s: float,
-        correction: float,
-    ) -> CandidateScore:
+    def _score(self, candidate: Candidate, state: PlannerState, demand: Demand, present: _Present) -> CandidateScore:
         model = SplitModel(candidate.steps, demand)
         cost_s, duration_s = transition_cost(
-            candidate.transition, state, demand, present=present, latency_s=latency_s * correction
+            candidate.transition, state, demand, present=present.model, latency_s=present.latency_s * present.correction
         )
         num_requests = demand.rate * max(0.0, self._weights.horizon_s - duration_s)
-        gain_s = correction * num_requests * (latency_s - self._latency_s(model))
+        gain_s = present.correction * num_requests * (present.latency_s - self._latency_s(model))
         return CandidateScore(
             split=candidate.split,
             prediction=model.predict(),
             score=gain_s - cost_s,
             gain_s=gain_s,
             cost_s=cost_s,
-            refused=refusal(candidate, state, demand),
+            refused=refusal(candidate, state, demand, present=present.candidate),
         )
 
     def _latency_s(self, model: SplitModel) -> float:

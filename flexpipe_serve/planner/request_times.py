@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from typing import NamedTuple
 
 from flexpipe_serve.planner.profile import StepShape
@@ -61,6 +62,15 @@ class RequestTimes:
         if index not in self._known:
             self._known[index] = self._work_out(self.batches[index])
         return self._known[index]
+
+    def with_seqs(self, num_seqs: float) -> Times:
+        """With ``num_seqs`` present, up to all places."""
+        index = bisect_left(self.batches, num_seqs)
+        if index == 0:
+            return self.at(0)
+        before, after = self.at(index - 1), self.at(index)
+        part = (num_seqs - before.num_seqs) / (after.num_seqs - before.num_seqs)
+        return Times(*[a + part * (b - a) for a, b in zip(before, after, strict=True)])
 
     def mean_shape(self, num_seqs: float) -> StepShape:
         """The average step with so many sequences present."""

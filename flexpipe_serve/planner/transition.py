@@ -30,7 +30,9 @@ class Transition:
     num_bytes: int
     """Weights to load, in all."""
     load_s: float
-    """Of the stage that loads longest, undisturbed; stages load at the same time."""
+    """Of the stage that loads longest on a compute that serves nobody yet; stages load at the same time."""
+    busy_load_s: float
+    """The same on computes that serve, if nobody wanted them meanwhile."""
     num_started: int
     """Stages that need a process of their own to be started."""
     num_copied_layers: int
@@ -44,7 +46,8 @@ class Transition:
         before, after = _slices(profile, old), _slices(profile, new)
         load_rate = profile.cached_load_bytes_per_s or profile.load_bytes_per_s
         loaded: dict[str, int] = defaultdict(int)
-        self.load_s = 0.0
+        serving = {stage.device.compute for stages in before for stage in stages}
+        self.load_s = self.busy_load_s = 0.0
         self.num_copied_layers = 0
         for i, stages in enumerate(after):
             present = before[i] if i < len(before) else []
@@ -54,7 +57,11 @@ class Transition:
                 if j in kept:
                     num_bytes -= _held_bytes(profile, present[kept[j]], stage)
                 loaded[stage.device.domain] += num_bytes
-                self.load_s = max(self.load_s, num_bytes / (load_rate * stage.device.speed))
+                seconds = num_bytes / (load_rate * stage.device.speed)
+                if stage.device.compute in serving:
+                    self.busy_load_s = max(self.busy_load_s, seconds)
+                else:
+                    self.load_s = max(self.load_s, seconds)
             self.num_copied_layers += sum(
                 a.num_shared(b) for a in present for b in stages if a.device.domain != b.device.domain
             )

@@ -22,6 +22,7 @@ def make_profile(
     stage_s: float = 0.0002,
     kv_bytes_per_token: int = 1536,
     load_bytes_per_s: float = 5e8,
+    layer_bytes: int = 14_000_000,
 ) -> ModelProfile:
     """Much like the demo model on two cores."""
     return ModelProfile(
@@ -39,7 +40,7 @@ def make_profile(
         stage_s=stage_s,
         hop_s=hop_s,
         step_s=step_s,
-        layer_bytes=(14_000_000,) * num_layers,
+        layer_bytes=(layer_bytes,) * num_layers,
         embedding_bytes=113_000_000,
         head_bytes=113_000_000,
         kv_bytes_per_token=kv_bytes_per_token,
