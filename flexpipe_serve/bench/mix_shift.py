@@ -42,7 +42,7 @@ from flexpipe_serve.bench.adapt_server import (
 )
 from flexpipe_serve.bench.adapt_trace import WorkloadFacts
 from flexpipe_serve.bench.arrivals import Arrival
-from flexpipe_serve.bench.mix_shift_plan import Mix, SweepPoint, best_boundary, shifting_arrivals
+from flexpipe_serve.bench.mix_shift_plan import BALANCED, Mix, SweepPoint, best_boundary, shifting_arrivals
 from flexpipe_serve.bench.mix_shift_report import render, sweep_table, to_json
 from flexpipe_serve.bench.prompts import PromptBuilder
 from flexpipe_serve.bench.refactor_report import is_tie
@@ -55,7 +55,6 @@ from flexpipe_serve.errors import ConfigError, EngineUnavailableError, InvalidRe
 from flexpipe_serve.model.demo import ensure_demo
 from flexpipe_serve.private_cluster import interruptible
 
-BALANCED = "balanced"
 _LOOK_AT = 8
 """Requests of each kind, at once, while memory is looked at."""
 _LOOK_AT_OUTPUT = 16

@@ -9,6 +9,9 @@ from flexpipe_serve.bench.arrivals import Arrival, gamma_arrivals
 from flexpipe_serve.bench.summary import tpot_s, ttft_s
 from flexpipe_serve.bench.wave import RequestRecord
 
+BALANCED = "balanced"
+"""Name of the even split, which composites are compared with."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mix:

@@ -12,11 +12,9 @@ from rich.table import Table
 
 from flexpipe_serve.bench import adapt_report
 from flexpipe_serve.bench.adapt_report import TraceResult
-from flexpipe_serve.bench.mix_shift_plan import Mix, Scores, SweepPoint, Totals, best_boundary, scores_of
+from flexpipe_serve.bench.mix_shift_plan import BALANCED, Mix, Scores, SweepPoint, Totals, best_boundary, scores_of
 from flexpipe_serve.bench.report import spread_text
 from flexpipe_serve.bench.summary import Spread
-
-_BASE = "balanced"
 
 
 def sweep_table(points: Sequence[SweepPoint], mixes: Sequence[Mix]) -> Table:
@@ -63,7 +61,7 @@ def render(result: TraceResult, *, shift_s: float) -> Group:
 
 def gain(rounds: Sequence[tuple[dict[str, Totals], dict[str, Scores]]], variant: str) -> Spread | None:
     """Composite over that of the balanced split, less 1."""
-    return Spread.of(scores[variant].composite / scores[_BASE].composite - 1 for _, scores in rounds)
+    return Spread.of(scores[variant].composite / scores[BALANCED].composite - 1 for _, scores in rounds)
 
 
 def _composite_table(result: TraceResult, rounds: Sequence[tuple[dict[str, Totals], dict[str, Scores]]]) -> Table:
