@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
@@ -186,6 +186,11 @@ class Pipeline:
         """The nodes and devices as they are now."""
         return self._host.topology(kind=DeviceKind(self._setup.device))
 
+    def usable_nodes(self, topology: Topology, *, avoid: Collection[str] = ()) -> tuple[str, ...]:
+        """Names of the nodes where a stage may be launched: they live and stay, and can be reached."""
+        found = usable_nodes(mark_draining(topology, {*self.avoid, *avoid}))
+        return found if self._keys is not None else tuple(node for node in found if node == self._host.node)
+
     def read_drained(self) -> dict[str, float]:
         """See StageHost.read_drained."""
         return self._host.read_drained()
@@ -286,13 +291,17 @@ class Pipeline:
         return {name: ZmqOutlet(self._endpoints[name], node=self._host.node, keys=self._keys) for name in layout.stages}
 
     def _find_place(self, name: str) -> str | None:
+        if self._keys is None:
+            return self._host.node  # no other could be reached
         with self._lock:
             home = self._homes.get(name)
         if home is None and not self.avoid:
             return None
-        usable = usable_nodes(mark_draining(self.topology(), self.avoid))
-        if home in usable or not self.avoid:
-            return home if home in usable else None
+        usable = self.usable_nodes(self.topology())
+        if home in usable:
+            return home
+        if not self.avoid:
+            return None
         if not usable:
             raise EngineUnavailableError(
                 f"there is no node for stage {name!r}: all that live are being drained. Add a node, or undrain one."

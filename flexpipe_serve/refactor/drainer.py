@@ -26,7 +26,7 @@ from flexpipe_serve.placement.drain_plan import (
     next_step,
     predict_seconds,
 )
-from flexpipe_serve.placement.nodes import find_node, mark_draining, short_name, usable_nodes
+from flexpipe_serve.placement.nodes import find_node, mark_draining, short_name
 from flexpipe_serve.placement.topology import Node, Topology
 from flexpipe_serve.refactor.feasibility import REFUSED
 from flexpipe_serve.refactor.manager import RefactorManager
@@ -103,7 +103,7 @@ class Drainer:
         """See EngineClient.drain."""
         topology = self._pipeline.topology()
         node = find_node(request.node, topology, param="node").name
-        if not usable_nodes(mark_draining(topology, {*self._pipeline.avoid, node})):
+        if not self._pipeline.usable_nodes(topology, avoid={node}):
             raise RefactorRefusedError(
                 f"node {short_name(node)!r} is the only one left where stages can stand; add another one first."
             )
@@ -284,7 +284,7 @@ class Drainer:
     def _move(self, layout: Layout, node_of: dict[str, str]) -> None:
         """Start the refactoring that leaves all nodes that are to be emptied."""
         draining = self._draining()
-        usable = usable_nodes(mark_draining(self._pipeline.topology(), self._pipeline.avoid))
+        usable = self._pipeline.usable_nodes(self._pipeline.topology())
         deadlines = [record.deadline_at for record in draining if record.deadline_at is not None]
         left = min(deadlines) - time.time() if deadlines else None
         rates = learned_rates(MoveRates(copy_bytes_per_s=self._refactorings.max_bytes_per_s), self._refactorings.all())

@@ -19,7 +19,7 @@ from flexpipe_serve.errors import EngineUnavailableError, RefactorBusyError, Ref
 from flexpipe_serve.pipeline.layout import Layout, even_boundaries, stage_name
 from flexpipe_serve.pipeline.pipeline import Pipeline
 from flexpipe_serve.pipeline.stage_types import StageReport
-from flexpipe_serve.placement.nodes import find_node, mark_draining, usable_nodes
+from flexpipe_serve.placement.nodes import find_node
 from flexpipe_serve.placement.placing import Placed, place_stages
 from flexpipe_serve.placement.topology import Topology
 from flexpipe_serve.refactor.commands import CancelRequested, Finish, StageLost
@@ -265,7 +265,7 @@ class RefactorManager:
             assert request.stages is not None
             boundaries = even_boundaries(num_layers=old.num_layers, num_stages=request.stages)
         avoid = {find_node(text, topology, param="avoid").name for text in request.avoid}
-        usable = usable_nodes(mark_draining(topology, avoid | self._pipeline.avoid))
+        usable = self._pipeline.usable_nodes(topology, avoid=avoid)
         if not usable:
             raise RefactorRefusedError("there is no node left: all that live are being drained or to be avoided.")
         nodes = None
@@ -274,8 +274,9 @@ class RefactorManager:
             for text, node in zip(request.nodes, nodes, strict=True):
                 if node not in usable:
                     raise RefactorRefusedError(
-                        f"no stage can be placed on node {text!r}: it is being drained, to be avoided, or has no"
-                        " device of the kind that stages use."
+                        f"no stage can be placed on node {text!r}: it is being drained, to be avoided, has no device of"
+                        " the kind that stages use, or came after a server that was started on a single node and"
+                        " listens on no network."
                     )
         return place_stages(old, boundaries, nodes=nodes, node_of=self._pipeline.node_of, spare=spare, usable=usable)
 
