@@ -20,18 +20,27 @@ _FINE = 8
 """More stages than this are looked at with one choice of devices and in wide steps."""
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 _CLOSE = 1.25
-"""Times and KV that differ by less than this factor ask for the same cuts."""
+"""Times that differ by less than this factor ask for the same cuts."""
+_CLOSE_KV = 2.0
+"""The same for KV, which goes with the number of sequences and varies more."""
 _SLACK = 0.02
 """Of a device's memory: what processes take varies by so much."""
 
 
-class Candidate(NamedTuple):
-    """A split with what does not depend on the demand."""
+class Candidate:
+    """A split with what is known of it."""
 
-    split: Split
-    steps: StepTimes
-    transition: Transition
-    """From the present split."""
+    def __init__(self, profile: ModelProfile, split: Split, *, present: Split) -> None:
+        self.split = split
+        self.steps = StepTimes(profile, split)
+        self.transition = Transition(profile, present, split)
+        """From the present split."""
+        self._model: SplitModel | None = None
+
+    def under(self, demand: Demand) -> SplitModel:
+        """What it does under ``demand``; quick where the lengths are those of the last time."""
+        self._model = SplitModel(self.steps, demand) if self._model is None else self._model.under(demand)
+        return self._model
 
 
 class _Needs(NamedTuple):
@@ -43,7 +52,8 @@ class _Needs(NamedTuple):
     num_kv_tokens: float
 
     def is_close(self, other: _Needs) -> bool:
-        return all(a <= _CLOSE * b and b <= _CLOSE * a for a, b in zip(self, other, strict=True))
+        factors = (_CLOSE, _CLOSE, _CLOSE, _CLOSE_KV)
+        return all(a <= f * b and b <= f * a for a, b, f in zip(self, other, factors, strict=True))
 
 
 class CandidateMaker:
@@ -65,8 +75,8 @@ class CandidateMaker:
         if self._made_for is None or not is_same_place(*self._made_for, profile, state):
             self._made_for = (profile, state)
             self._needs = None
-            self._candidates = [make_candidate(profile, state.current, state.current)]
-        present = SplitModel(self._candidates[0].steps, demand)
+            self._candidates = [Candidate(profile, state.current, present=state.current)]
+        present = self._candidates[0].under(demand)
         shape = present.mean_shape()
         num_needed = max(1.0, demand.num_running + demand.num_waiting, present.num_present)
         num_kv_tokens = num_needed * (demand.prompt_tokens + demand.output_tokens)
@@ -79,7 +89,7 @@ class CandidateMaker:
         if self._needs is None or not needs.is_close(self._needs):
             self._needs = needs
             splits = self._splits(profile, state, demand, shape, int(num_kv_tokens))
-            self._candidates[1:] = [make_candidate(profile, state.current, split) for split in splits]
+            self._candidates[1:] = [Candidate(profile, split, present=state.current) for split in splits]
         return self._candidates
 
     def _splits(
@@ -249,11 +259,6 @@ def refusal(candidate: Candidate, state: PlannerState, demand: Demand, *, presen
     if num_during < needed:
         return f"room for {num_during} tokens of KV while both splits are held, but {needed} are needed"
     return None
-
-
-def make_candidate(profile: ModelProfile, present: Split, split: Split) -> Candidate:
-    """``split`` as seen from ``present``."""
-    return Candidate(split, StepTimes(profile, split), Transition(profile, present, split))
 
 
 def split_key(split: Split) -> tuple[tuple[int, ...], tuple[str, ...], int]:

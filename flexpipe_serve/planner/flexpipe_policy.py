@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from flexpipe_serve.planner.candidates import Candidate, device_choices, is_same_place, make_candidate, refusal
+from flexpipe_serve.planner.candidates import Candidate, device_choices, is_same_place, refusal
 from flexpipe_serve.planner.cost import transition_cost
 from flexpipe_serve.planner.flexpipe_scores import (
     FlexPipeWeights,
@@ -19,7 +19,7 @@ from flexpipe_serve.planner.flexpipe_scores import (
     scaling_stages,
     sharing_penalty,
 )
-from flexpipe_serve.planner.gate import FEW_ARRIVALS
+from flexpipe_serve.planner.gate import FEW_ARRIVALS, with_round_lengths
 from flexpipe_serve.planner.ladder import nested_ladder
 from flexpipe_serve.planner.latency import SplitModel
 from flexpipe_serve.planner.partition import eq2_boundaries
@@ -105,11 +105,11 @@ class FlexPipePolicy:
                     num_pipelines=len(groups),
                 )
                 splits.setdefault(_granularity(split), split)
-        return [make_candidate(profile, state.current, split) for split in splits.values()]
+        return [Candidate(profile, split, present=state.current) for split in splits.values()]
 
     def _score(self, state: PlannerState) -> list[CandidateScore]:
-        demand = state.demand
-        models = [SplitModel(candidate.steps, demand) for candidate in self._candidates]
+        demand = with_round_lengths(state.demand)
+        models = [candidate.under(demand) for candidate in self._candidates]
         throughputs = [model.max_rate / model.steps.split.num_pipelines for model in models]
         latencies = [model.unloaded_latency_s for model in models]
         coarsest = min(candidate.split.num_stages for candidate in self._candidates)

@@ -27,6 +27,7 @@ NUM_AGREEING = 3
 """Decisions in a row that must have the same winner."""
 _LOOK_AHEAD_S = 30.0
 """A rate goes on changing as it does for so long at most."""
+_ROUNDING = 1.02
 _NOISE_WINDOW_S = 15.0
 """Over which a rate is told; what its change may be by chance follows from it."""
 
@@ -39,7 +40,22 @@ def expected_demand(demand: Demand, horizon_s: float) -> Demand:
     by_chance = demand.cv * math.sqrt(demand.rate / _NOISE_WINDOW_S)
     change = math.copysign(max(0.0, abs(change) - by_chance), change)
     rate = min(max(demand.rate + change, demand.rate / 2), 2 * demand.rate)
-    return msgspec.structs.replace(demand, rate=rate)
+    return msgspec.structs.replace(with_round_lengths(demand), rate=rate)
+
+
+def with_round_lengths(demand: Demand) -> Demand:
+    """The demand with lengths in steps of 2 %, less than can be told: so that what follows from them is worked out once
+    while they hardly change."""
+    return msgspec.structs.replace(
+        demand,
+        prompt_tokens=_round(demand.prompt_tokens),
+        output_tokens=_round(demand.output_tokens),
+        prefix_hit_share=round(demand.prefix_hit_share, 2),
+    )
+
+
+def _round(count: float) -> float:
+    return math.pow(_ROUNDING, round(math.log(max(1.0, count), _ROUNDING)))
 
 
 class Judgement(NamedTuple):

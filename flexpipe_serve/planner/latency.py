@@ -19,6 +19,7 @@ class SplitModel:
 
     Args:
         max_kv_tokens: upper limit of the KV beside memory's.
+        requests: what is known already for these lengths.
     """
 
     steps: StepTimes
@@ -30,14 +31,21 @@ class SplitModel:
     utilisation: float
     """Demanded rate over ``max_rate``."""
 
-    def __init__(self, steps: StepTimes, demand: Demand, *, max_kv_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        steps: StepTimes,
+        demand: Demand,
+        *,
+        max_kv_tokens: int | None = None,
+        requests: RequestTimes | None = None,
+    ) -> None:
         self.steps = steps
         self._demand = demand
         self._num_pipelines = steps.split.num_pipelines
         self.num_kv_tokens = steps.num_kv_tokens
         if max_kv_tokens is not None:
             self.num_kv_tokens = min(self.num_kv_tokens, max_kv_tokens)
-        self._requests = RequestTimes(steps, demand, num_kv_tokens=self.num_kv_tokens)
+        self._requests = requests or RequestTimes(steps, demand, num_kv_tokens=self.num_kv_tokens)
         self.num_places = self._requests.num_places
         # Of one pipeline, when each request goes to any by chance: its rate and its arrivals' squared CV.
         self._rate = demand.rate / self._num_pipelines
@@ -51,6 +59,11 @@ class SplitModel:
             self.max_rate = self._num_pipelines * full.num_seqs / full.residence_s
             self.utilisation = demand.rate / self.max_rate
             self._present = self._find_present()
+
+    def under(self, demand: Demand) -> SplitModel:
+        """The same split under another demand; quick where the lengths are the same."""
+        known = self._requests if _lengths(demand) == _lengths(self._demand) else None
+        return SplitModel(self.steps, demand, max_kv_tokens=self.num_kv_tokens, requests=known)
 
     @property
     def num_present(self) -> float:
@@ -158,6 +171,10 @@ class SplitModel:
         variance = (min(1.0, self._arrival_variance) + self._service_variance) / 2
         num_before = variance * share / (1 - share) + max(0.0, self._burst(present) - 1) / 2
         return is_busy * present.token_s / depth / 2 + num_before * present.chunks_s
+
+
+def _lengths(demand: Demand) -> tuple[float, float, float]:
+    return demand.prompt_tokens, demand.output_tokens, demand.prefix_hit_share
 
 
 def predict(profile: ModelProfile, split: Split, demand: Demand) -> Prediction:

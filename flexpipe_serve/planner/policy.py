@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, Protocol
 from flexpipe_serve.planner.candidates import Candidate, CandidateMaker, refusal, split_key
 from flexpipe_serve.planner.cost import transition_cost
 from flexpipe_serve.planner.flexpipe_policy import FlexPipePolicy
-from flexpipe_serve.planner.gate import FEW_ARRIVALS, Gate, expected_demand
+from flexpipe_serve.planner.gate import FEW_ARRIVALS, Gate, expected_demand, with_round_lengths
 from flexpipe_serve.planner.latency import SplitModel
 from flexpipe_serve.planner.profile import ModelProfile
 from flexpipe_serve.planner.step_times import StepTimes
@@ -67,8 +67,8 @@ class GatedPolicy:
         demand = expected_demand(state.demand, self._weights.horizon_s)
         candidates = self._maker.candidates(profile, state, demand)
         self._notice_change(profile, state, demand, candidates[0])
-        model = SplitModel(candidates[0].steps, demand)
-        present = _Present(candidates[0], model, self._latency_s(model), self._correction(candidates[0], state))
+        model = candidates[0].under(demand)
+        present = _Present(candidates[0], model, self._latency_s(model), self._correction(model, state))
         current = CandidateScore(split=state.current, prediction=model.predict(), score=0.0)
         scores = [current, *(self._score(candidate, state, demand, present) for candidate in candidates[1:])]
         is_saturated = current.prediction.utilisation >= 1
@@ -90,7 +90,7 @@ class GatedPolicy:
         return make_decision("gated", state, current=current, candidates=scores, chosen=chosen, why=why)
 
     def _score(self, candidate: Candidate, state: PlannerState, demand: Demand, present: _Present) -> CandidateScore:
-        model = SplitModel(candidate.steps, demand)
+        model = candidate.under(demand)
         cost_s, duration_s = transition_cost(
             candidate.transition, state, demand, present=present.model, latency_s=present.latency_s * present.correction
         )
@@ -108,12 +108,12 @@ class GatedPolicy:
     def _latency_s(self, model: SplitModel) -> float:
         return min(model.latency_over(self._weights.horizon_s), _NEVER * self._weights.horizon_s)
 
-    def _correction(self, present: Candidate, state: PlannerState) -> float:
+    def _correction(self, present: SplitModel, state: PlannerState) -> float:
         """Measured latency of late over what the model says of it. It goes for all splits alike: what slows one down
         slows the others down."""
         if state.mean_latency_s is None:
             return 1.0
-        predicted_s = self._latency_s(SplitModel(present.steps, state.demand))
+        predicted_s = self._latency_s(present.under(with_round_lengths(state.demand)))
         low, high = _CORRECTION
         return min(max(state.mean_latency_s / predicted_s, low), high)
 
@@ -122,5 +122,5 @@ class GatedPolicy:
             return
         if self._present is not None and split_key(self._present) != split_key(state.current):
             before = SplitModel(StepTimes(profile, self._present), demand)
-            self._gate.note_change(grew=SplitModel(present.steps, demand).max_rate > before.max_rate)
+            self._gate.note_change(grew=present.under(demand).max_rate > before.max_rate)
         self._present = state.current

@@ -21,9 +21,6 @@ class _Work(NamedTuple):
     embeddings: float
     heads: float
 
-    def seconds(self, layer_s: float, embedding_s: float, head_s: float) -> float:
-        return self.fixed + self.layers * layer_s + self.embeddings * embedding_s + self.heads * head_s
-
     def __add__(self, other: tuple[float, ...]) -> _Work:  # type: ignore[override]
         return _Work(*(a + b for a, b in zip(self, other, strict=True)))
 
@@ -78,9 +75,12 @@ class StepTimes:
         layer_s = profile.layer_seconds(shape)
         embedding_s = profile.embedding.at(shape.num_tokens)
         head_s = profile.head.at(shape.num_samples)
-        busiest_s = max([work.seconds(layer_s, embedding_s, head_s) for work in self._computes])
-        pass_s = max([work.seconds(layer_s, embedding_s, head_s) for work in self._passes])
-        return pass_s, max(busiest_s, profile.step_s)
+        pass_s, busiest_s = 0.0, profile.step_s
+        for fixed, layers, embeddings, heads in self._computes:
+            busiest_s = max(busiest_s, fixed + layers * layer_s + embeddings * embedding_s + heads * head_s)
+        for fixed, layers, embeddings, heads in self._passes:
+            pass_s = max(pass_s, fixed + layers * layer_s + embeddings * embedding_s + heads * head_s)
+        return pass_s, busiest_s
 
 
 def _undominated(works: Iterable[_Work]) -> list[_Work]:

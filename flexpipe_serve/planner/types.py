@@ -57,7 +57,8 @@ class Split(msgspec.Struct, frozen=True, kw_only=True):
     boundaries: tuple[int, ...]
     """First layer of each later stage; () is a single stage."""
     devices: tuple[StageDevice, ...]
-    """One for each stage, in order."""
+    """One for each stage, in order; of several pipelines one after the other, or of the first alone where the others
+    have such devices of their own."""
     num_pipelines: int = 1
 
     @property

@@ -431,6 +431,6 @@ def test_candidates_are_kept_until_demand_or_devices_change() -> None:
     # What processes take varies a little all the time.
     varied = tuple(msgspec.structs.replace(d, overhead_bytes=d.overhead_bytes + 2**20) for d in DEVICES)
     assert found(msgspec.structs.replace(state, devices=varied)) == first
-    assert found(make_state(even_split(2), make_demand(5.0), devices=DEVICES)) != first
+    assert found(make_state(even_split(2), make_demand(6.0), devices=DEVICES)) != first
     assert found(make_state(even_split(2), make_demand(1.0), devices=DEVICES[:3])) != first
     assert found(make_state(even_split(3), make_demand(1.0), devices=DEVICES)) != first
