@@ -167,6 +167,8 @@ class SharedSegment:
 
     def _commit(self, num_blocks: int, between: Callable[[], None]) -> None:
         stop = num_blocks * self.shape.num_bytes
+        if stop - self.allocated_bytes > free_bytes(self._fd):  # else it would be found out after long work
+            raise self._full(num_blocks)
         first = self.committed_bytes // mmap.PAGESIZE * mmap.PAGESIZE
         for start in range(first, stop, _PIECE_BYTES):
             length = min(_PIECE_BYTES, stop - start)
@@ -176,16 +178,19 @@ class SharedSegment:
                 if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
                     raise
                 self._punch(self._num_blocks)
-                raise KVMemoryError(
-                    f"{self.path} cannot grow from {self._num_blocks} to {num_blocks} blocks: that takes "
-                    f"{_mib(stop - self.committed_bytes)} of shared memory, and {_mib(free_bytes(self._fd))} are free "
-                    f"in {self.path.parent}. Lower the KV memory budget or enlarge the file system (Docker: --shm-size;"
-                    " Kubernetes: an emptyDir of medium Memory at /dev/shm)."
-                ) from error
+                raise self._full(num_blocks) from error
             # Map the pages now: else each takes a fault in the middle of a step. Advice only: before Linux 5.14 the
             # call is not known, and the faults come later.
             _libc.madvise(self._reserved.data_ptr() + start, length, _MADV_POPULATE_WRITE)
             between()
+
+    def _full(self, num_blocks: int) -> KVMemoryError:
+        return KVMemoryError(
+            f"{self.path} cannot grow from {self._num_blocks} to {num_blocks} blocks: that takes "
+            f"{_mib(num_blocks * self.shape.num_bytes - self.committed_bytes)} of shared memory, and "
+            f"{_mib(free_bytes(self._fd))} are free in {self.path.parent}. Lower the KV memory budget or enlarge the "
+            "file system (Docker: --shm-size; Kubernetes: an emptyDir of medium Memory at /dev/shm)."
+        )
 
     def _punch(self, num_blocks: int) -> None:
         # To the end of the range, and also when growing: another process may have committed more.

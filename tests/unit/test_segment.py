@@ -226,6 +226,15 @@ def test_full_shared_memory_is_an_error_with_numbers(tiny_tmpfs: Path) -> None:
     assert free_bytes(tiny_tmpfs) == 2**20 - 30 * SHAPE.num_bytes
 
 
+def test_what_cannot_fit_is_refused_before_the_first_piece(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment = SharedSegment(shm / "layer-0.kv", shape=SHAPE, max_blocks=10**9)
+    pieces: list[int] = []
+    with pytest.raises(KVMemoryError, match="Lower the KV memory budget"):
+        segment.resize(10**9, between=lambda: pieces.append(1))
+    assert pieces == []
+    assert segment.allocated_bytes == 0
+
+
 def test_no_space_without_a_full_file_system(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     segment = SharedSegment(shm / "layer-0.kv", shape=SHAPE, max_blocks=8)
 
