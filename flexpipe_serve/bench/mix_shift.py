@@ -8,8 +8,9 @@ want KV for many sequences, so layers must leave the stage that has little memor
 1. A first server, with plentiful KV, tells what weights, processes and KV blocks take. The fast stage's budget is what
    it takes with the layers from --boundary on, and KV for --sequences of the longest requests; the slow stage's is the
    one that never limits, up to the boundary that leaves the fast stage room for --growth times as many.
-2. On a second server with these budgets, every boundary of the sweep (--sweep; default: from --boundary to that one,
-   and the even split) is measured with both kinds of request in a closed loop. A table says where the best ones are.
+2. On a second server with these budgets, every boundary of the sweep (--sweep; default: every second one from
+   --boundary to that one; and the even split) is measured with both kinds of request in a closed loop. A table says
+   where the best ones are.
 3. Both kinds come one after the other, each at --load times what the best boundary for it sustains, to: the even split
    (balanced), the best static splits of both kinds, the planner with each policy (from the even split on), and
    PipeLive's own script, which begins with the first kind's best split and is told to change to the second's when the
@@ -70,9 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stages.add_argument(
         "--slow-share", type=float, default=0.5, metavar="X", help="speed of the slow one (default 0.5)"
     )
-    stages.add_argument("--boundary", type=positive_int, default=13, metavar="N", help="lowest boundary (default 13)")
+    stages.add_argument("--boundary", type=positive_int, default=12, metavar="N", help="lowest boundary (default 12)")
     stages.add_argument("--sequences", type=positive_int, default=1, metavar="N", help="that fit there (default 1)")
-    stages.add_argument("--growth", type=float, default=12.0, metavar="X", help="at the highest one (default 12)")
+    stages.add_argument("--growth", type=float, default=17.0, metavar="X", help="at the highest one (default 17)")
     stages.add_argument("--sweep", type=_numbers, metavar="LIST", help="boundaries to measure; see above")
     stages.add_argument(
         "--policies", type=policies, default=("flexpipe", "gated"), metavar="LIST", help="of flexpipe,gated"
@@ -81,12 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--first", type=_mix, default=_mix("256+8"), metavar="P+O", help="prompt + output (default 256+8)"
     )
-    load.add_argument("--second", type=_mix, default=_mix("32+224"), metavar="P+O", help="likewise (default 32+224)")
+    load.add_argument("--second", type=_mix, default=_mix("64+160"), metavar="P+O", help="likewise (64+160)")
     load.add_argument("--load", type=float, default=0.9, metavar="X", help="of the best capacity (default 0.9)")
     load.add_argument("--duration", type=float, default=90.0, metavar="S", help="of what counts (default 90)")
     load.add_argument("--lead-in", type=float, default=10.0, metavar="S", help="before that (default 10)")
     load.add_argument("--cv", type=float, default=0.1, help="of the gaps between requests (default 0.1, as PipeLive)")
-    load.add_argument("--concurrency", type=positive_int, default=16, metavar="N", help="of the sweep (default 16)")
+    load.add_argument("--concurrency", type=positive_int, default=20, metavar="N", help="of the sweep (default 20)")
     load.add_argument("--slo-factor", type=float, default=5.0, metavar="X", help="times the latency alone (default 5)")
     load.add_argument("--repeats", type=positive_int, default=1, metavar="N", help="of all variants (default 1)")
     load.add_argument("--only-sweep", action="store_true", help="measure the boundaries, and no more")
@@ -163,7 +164,7 @@ class _Experiment:
             requests, prompts = self._both_kinds()
             await session.capacity(requests, prompts, concurrency=_LOOK_AT)
             even = (await session.handle.status())["layout"]["num_layers"] // 2
-            await self._sweep(session, sorted({*(args.sweep or range(plan.old, plan.new + 1)), even}))
+            await self._sweep(session, sorted({*(args.sweep or (*range(plan.old, plan.new, 2), plan.new)), even}))
             self._console.print(sweep_table(self._points, self._mixes))
             if not args.only_sweep:
                 if args.policies:
