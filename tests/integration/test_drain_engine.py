@@ -120,8 +120,8 @@ def test_the_same_split_on_other_nodes(
         record = refactor(engine, RefactorRequest(stages=3, nodes=("node-c", "node-b", "node-a.example")))
         assert record.outcome is Outcome.DONE
         assert nodes_of(engine) == ["node-c", "node-b", "node-a"]
-        record = refactor(engine, RefactorRequest(boundaries=(4,), nodes=("node-b", "node-b")))
-        assert record.outcome is Outcome.DONE
+        record = refactor(engine, RefactorRequest(boundaries=(4,), nodes=("node-b", "node-b"), hurry=True))
+        assert (record.outcome, record.hurry) == (Outcome.DONE, True)
         assert [stage.node for stage in record.plan.new] == nodes_of(engine) == ["node-b", "node-b"]
     with pytest.raises(RefactorRefusedError, match="nothing is to be done"):
         refactor(engine, RefactorRequest(boundaries=(4,), nodes=("node-b", "node-b")))

@@ -13,6 +13,7 @@ from flexpipe_serve.placement.nodes import find_node, mark_draining, usable_node
 from flexpipe_serve.placement.placing import place_stages
 from flexpipe_serve.placement.topology import Device, DeviceKind, Node, Topology
 from flexpipe_serve.refactor.moves import moves_between, name_stages
+from flexpipe_serve.refactor.record import RefactorRequest
 
 NODES = ("n0", "n1", "n2", "n3")
 
@@ -161,3 +162,12 @@ def test_nodes_to_be_left_and_dead_ones_take_no_stage() -> None:
     found = topology(Node(name="a"), Node(name="b", is_draining=True), Node(name="c", is_alive=False), Node(name="d"))
     assert usable_nodes(found) == ("a", "d")
     assert usable_nodes(mark_draining(found, {"a", "unknown"})) == ("d",)
+
+
+def test_a_request_names_one_node_for_each_stage() -> None:
+    assert RefactorRequest(boundaries=(2,), nodes=("a", "b")).nodes == ("a", "b")
+    assert RefactorRequest(stages=1, nodes=("a",)).nodes == ("a",)
+    for split in ({"boundaries": (2,)}, {"stages": 2}):
+        with pytest.raises(InvalidRequestError, match="nodes names 3 for 2 stages") as raised:
+            RefactorRequest(**split, nodes=("a", "b", "c"))
+        assert raised.value.param == "nodes"
