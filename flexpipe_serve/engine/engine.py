@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 from flexpipe_serve.engine.client import ModelCard
@@ -21,10 +20,12 @@ from flexpipe_serve.engine.planner_view import PipelineView, make_view
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scheduler import Scheduler
 from flexpipe_serve.engine.scheduler_config import SchedulerConfig
+from flexpipe_serve.engine.stage_placer import StagePlacer
 from flexpipe_serve.engine.stage_status import describe_nodes, describe_pipeline
 from flexpipe_serve.engine.step_loop import StepLoop
 from flexpipe_serve.engine.stream import make_stream
-from flexpipe_serve.errors import ConfigError, EngineUnavailableError, RefactorBusyError, RefactorRefusedError
+from flexpipe_serve.engine.wanted_layout import WantedLayout
+from flexpipe_serve.errors import EngineUnavailableError, RefactorBusyError
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.model.tokenizer import ModelTokenizer
 from flexpipe_serve.pipeline.budget import DomainUse, KVBudget
@@ -32,6 +33,7 @@ from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.pipeline import Pipeline
 from flexpipe_serve.pipeline.stage_types import StageReport
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
+from flexpipe_serve.placement.placements import Placements
 from flexpipe_serve.placement.topology import Topology, devices_for_planner
 from flexpipe_serve.refactor.commands import Finish
 from flexpipe_serve.refactor.drainer import Drainer
@@ -48,16 +50,6 @@ _MAX_EVENTS = 1000
 OnLost = Callable[[str, str], None]
 
 
-@dataclass
-class _Wanted:
-    """A layout that the configuration asks for."""
-
-    layout: Layout
-    refactoring_id: str | None = None
-    """Of the attempt to get it."""
-    future: Future[None] = field(default_factory=Future)
-
-
 class Engine:
     """Serves one model through one pipeline; an EngineClient.
 
@@ -66,6 +58,7 @@ class Engine:
         number: of the pipeline.
         weights: bytes of the model, to tell whether a refactoring fits.
         num_cores: CPU cores that the stages share.
+        placements: where the application's pipelines have stages.
         sign_of_life_s: interval in which stages hear from the Router.
         arrivals: of the schedulers of one fleet, see Scheduler.
         on_down: called in the control thread when the pipeline cannot serve for a while; requests may be handed over.
@@ -82,6 +75,7 @@ class Engine:
         metrics: EngineMetrics,
         weights: ModelWeights,
         num_cores: int,
+        placements: Placements,
         number: int = 0,
         sign_of_life_s: float = 2.0,
         arrivals: Iterator[int] | None = None,
@@ -104,8 +98,14 @@ class Engine:
         self._heartbeat = threading.Thread(target=self._speak_to_stages, name="flexpipe-heartbeat", daemon=True)
         self._reports: dict[str, StageReport] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
+        self._placer = StagePlacer(self._pipeline, weights, placements, note=self._note)
         self._refactorings = RefactorManager(
-            self._pipeline, self._loop, weights, rebuild=self._rebuild_once, on_over=self._on_refactored
+            self._pipeline,
+            self._loop,
+            weights,
+            placer=self._placer,
+            rebuild=self._rebuild_once,
+            on_over=self._on_refactored,
         )
         self._drainer = Drainer(
             self._pipeline,
@@ -114,7 +114,7 @@ class Engine:
             start_refactoring=self._start_refactoring,
             note=self._note,
         )
-        self._wanted: _Wanted | None = None
+        self._wanted = WantedLayout(self._pipeline, self._refactorings, start=self._start_refactoring)
         self._unavailable: str | None = "the pipeline has not started."
 
     # ------------------------------------------------------------------ for clients
@@ -223,7 +223,7 @@ class Engine:
             block_size=self._block_size,
             is_changing=self.is_refactoring,
             num_pipelines=num_pipelines,
-            usable=() if topology is None else devices_for_planner(topology),
+            usable=() if topology is None else devices_for_planner(self._placer.in_order(topology)),
         )
 
     @property
@@ -260,7 +260,10 @@ class Engine:
         """Start empty stages, for ``start``. See PipelineMemory.launch."""
         self._heartbeat.start()
         self._pipeline.avoid = frozenset(self._pipeline.read_drained())
-        return self._control.submit(self._memory.launch, layout).result()
+        self._control.submit(self._placer.place, layout).result()
+        use = self._control.submit(self._memory.launch, layout).result()
+        self._placer.update(use.reports)
+        return use
 
     def memory_use(self) -> PipelineUse:
         """See PipelineMemory.use."""
@@ -295,7 +298,7 @@ class Engine:
         self._is_resizing = False
         with contextlib.suppress(EngineUnavailableError):
             self._reports = self._pipeline.reports()
-        self._pursue()
+        self._wanted.pursue()
 
     # ------------------------------------------------------------------ control
 
@@ -332,9 +335,9 @@ class Engine:
 
         The future fails with ConfigError where that cannot be had; the former layout serves on.
         """
-        wanted = _Wanted(layout)
-        self._control.submit(self._want, wanted)
-        return wanted.future
+        reached: Future[None] = Future()
+        self._control.submit(self._wanted.want, layout, reached)
+        return reached
 
     def set_refactor_limits(self, *, max_bytes_per_s: float, num_warm_stages: int) -> None:
         """New limit of copying KV, and a new size of the pool of warm stages."""
@@ -357,14 +360,17 @@ class Engine:
         self._refactorings.stop()
         self._loop.stop("the server is shutting down.")
         self._control.submit(self._pipeline.stop).result()
+        self._placer.close()
         self._control.shutdown()
         self._metrics.end()
 
     def _bring_up(self, layout: Layout) -> int:
         """Start the layout from nothing but tokens. Returns how many sequences are replayed."""
         with self._memory.changing:
+            self._placer.place(layout)
             num_blocks = self._pipeline.start(layout)
             self._reports = self._pipeline.reports()
+            self._placer.update(self._reports)
             num_replayed = self._loop.resume(depth=self._pipeline.depth(layout), num_blocks=num_blocks).result()
         self._unavailable = None
         return num_replayed
@@ -412,36 +418,9 @@ class Engine:
             self._refactorings.fill_pool()
         else:
             self._rebuild(layout, reason)
-        self._pursue()
+        self._wanted.pursue()
 
     # ------------------------------------------------------------------ refactorings
-
-    def _want(self, wanted: _Wanted) -> None:
-        former, self._wanted = self._wanted, wanted
-        if former is not None:
-            former.future.set_exception(ConfigError("another layout was asked for meanwhile."))
-        self._pursue()
-
-    def _pursue(self) -> None:
-        """Start the refactoring that the configuration asks for, when it is its turn."""
-        wanted, layout = self._wanted, self._pipeline.layout
-        if wanted is None or layout is None or self._refactorings.is_running or not self._pipeline.is_complete:
-            return  # what follows from the end of that, or from the loss of a stage, comes here again
-        if wanted.layout.boundaries == layout.boundaries:
-            self._wanted = None
-            wanted.future.set_result(None)
-            return
-        try:
-            if wanted.refactoring_id is not None:  # it was tried
-                record = self._refactorings.get(wanted.refactoring_id)
-                raise RefactorRefusedError(f"the layout could not be changed: {record.error if record else ''}")
-            request = RefactorRequest(boundaries=wanted.layout.boundaries, reason="configuration")
-            wanted.refactoring_id = self._start_refactoring(request).id
-        except RefactorBusyError:
-            return
-        except (RefactorRefusedError, EngineUnavailableError) as error:
-            self._wanted = None
-            wanted.future.set_exception(ConfigError(str(error)))
 
     def _start_refactoring(self, request: RefactorRequest) -> RefactorRecord:
         if self._is_resizing and not request.dry_run:
@@ -470,7 +449,8 @@ class Engine:
             self._refactorings.fill_pool()
             with contextlib.suppress(EngineUnavailableError):  # a lost stage is noticed by its watch call
                 self._reports = self._pipeline.reports()  # or the status would not know the new ones yet
-        self._pursue()
+                self._placer.update(self._reports)
+        self._wanted.pursue()
 
     def _note(self, kind: str, message: str) -> None:
         self._events.append({"time": time.time(), "kind": kind, "message": message})
@@ -479,6 +459,7 @@ class Engine:
         while not self._stopping.wait(self._sign_of_life_s):
             try:
                 self._reports = self._control.submit(self._pipeline.reports).result()
+                self._placer.update(self._reports)
             except EngineUnavailableError as error:
                 logger.warning("%s", error)  # a lost stage is noticed by its watch call
                 continue

@@ -289,7 +289,7 @@ class FleetScaling:
     def _resize(self, engine: Engine, budgets: dict[str, int]) -> None:
         try:
             engine.resize_kv(budgets)
-        except (MemoryError, RefactorBusyError, RefactorRefusedError, EngineUnavailableError) as error:
+        except (MemoryError, TimeoutError, RefactorBusyError, RefactorRefusedError, EngineUnavailableError) as error:
             logger.warning("the KV of pipeline %d stays as it is: %s", engine.number, error)
             self._note("kv_not_resized", f"the KV of pipeline {engine.number} stays as it is: {error}")
 
