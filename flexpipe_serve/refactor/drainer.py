@@ -9,32 +9,20 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
-from flexpipe_serve.errors import ConfigError, EngineUnavailableError, RefactorBusyError, RefactorRefusedError
+from flexpipe_serve.errors import EngineUnavailableError, RefactorBusyError, RefactorRefusedError
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.pipeline import Pipeline
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest, DrainState
-from flexpipe_serve.placement.drain_options import DrainOption, drain_options
-from flexpipe_serve.placement.drain_plan import (
-    Attempt,
-    MoveRates,
-    Offer,
-    Pace,
-    Step,
-    choose_attempt,
-    learned_rates,
-    makes_deadline,
-    next_step,
-    predict_seconds,
-)
+from flexpipe_serve.placement.drain_options import drain_options
+from flexpipe_serve.placement.drain_plan import MoveRates, Pace, Step, learned_rates, next_step
 from flexpipe_serve.placement.nodes import find_node, mark_draining, short_name
 from flexpipe_serve.placement.topology import Node, Topology
-from flexpipe_serve.refactor.feasibility import REFUSED
+from flexpipe_serve.refactor.drain_attempt import describe, find_attempt
 from flexpipe_serve.refactor.manager import RefactorManager
 from flexpipe_serve.refactor.record import (
     MAX_REASON_CHARS,
     Mode,
     Outcome,
-    RefactorPlan,
     RefactorRecord,
     RefactorRequest,
 )
@@ -289,8 +277,7 @@ class Drainer:
         left = min(deadlines) - time.time() if deadlines else None
         rates = learned_rates(MoveRates(copy_bytes_per_s=self._refactorings.max_bytes_per_s), self._refactorings.all())
         options = drain_options(layout, node_of=node_of, usable=usable)
-        offers, refusal = self._ask(options, left, rates)
-        attempt = choose_attempt(offers, time_left=left, rates=rates)
+        attempt, refusal = find_attempt(self._refactorings, options, time_left=left, rates=rates)
         if attempt is None:
             self._block(draining, refusal)
             return
@@ -313,38 +300,9 @@ class Drainer:
             record.refactorings += (started.id,)
             record.predicted_s = attempt.predicted_s
             record.error = None
-            record.message = _describe(attempt, started.id, left)
+            record.message = describe(attempt, started.id, left)
         if not attempt.in_time:
-            self._note("drain_late", f"node {names}: {_describe(attempt, started.id, left)}")
-
-    def _ask(self, options: Sequence[DrainOption], left: float | None, rates: MoveRates) -> tuple[list[Offer], str]:
-        """What the memory allows, and why it refuses the rest. Asks no further than to what will be chosen."""
-        offers: list[Offer] = []
-        refusal = "there is no node where its layers could go."
-        for option in options:
-            plan, why = self._plan(option, Mode.LIVE)
-            refusal = why or refusal
-            if plan is not None:
-                offers += [Offer(option, pace, plan) for pace in (Pace.GENTLE, Pace.HURRIED)]
-                if makes_deadline(plan, Pace.GENTLE, time_left=left, rates=rates):
-                    break
-        if offers:  # what fits while both layouts are held fits a replay, too
-            options = [min(offers, key=lambda offer: predict_seconds(offer.plan, Pace.REPLAY, rates=rates)).option]
-        for option in options:
-            plan, why = self._plan(option, Mode.RESTART)
-            refusal = why or refusal
-            if plan is not None:
-                offers.append(Offer(option, Pace.REPLAY, plan))
-                break
-        return offers, refusal
-
-    def _plan(self, option: DrainOption, mode: Mode) -> tuple[RefactorPlan | None, str]:
-        request = RefactorRequest(boundaries=option.boundaries, nodes=option.nodes, mode=mode, dry_run=True)
-        try:
-            plan = self._refactorings.start(request).plan
-        except (RefactorRefusedError, ConfigError) as error:
-            return None, str(error)
-        return (None, plan.reason) if plan.verdict == REFUSED else (plan, "")
+            self._note("drain_late", f"node {names}: {describe(attempt, started.id, left)}")
 
     def _block(self, draining: Sequence[DrainRecord], error: str) -> None:
         for record in draining:
@@ -352,17 +310,6 @@ class Drainer:
                 self._note("drain_blocked", f"node {short_name(record.node)}: {error}")
             record.error = error
             record.message = f"It holds {_named(record.stages)}; moving them away is tried again and again: {error}"
-
-
-def _describe(attempt: Attempt, refactoring_id: str, left: float | None) -> str:
-    how = {
-        Pace.GENTLE: "moves its layers away, live",
-        Pace.HURRIED: "moves its layers away, live and in a hurry",
-        Pace.REPLAY: "brings its layers up elsewhere, and sequences are replayed from their tokens",
-    }[attempt.pace]
-    room = "" if left is None else f" of the {left:.1f} s left"
-    late = "" if attempt.in_time else "; nothing quicker is known"
-    return f"Refactoring {refactoring_id} {how}; predicted to take {attempt.predicted_s:.1f} s{room}{late}."
 
 
 def _named(stages: Sequence[str]) -> str:
