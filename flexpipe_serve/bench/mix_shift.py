@@ -72,17 +72,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slow-share", type=float, default=0.5, metavar="X", help="speed of the slow one (default 0.5)"
     )
     stages.add_argument("--boundary", type=positive_int, default=12, metavar="N", help="lowest boundary (default 12)")
-    stages.add_argument("--sequences", type=positive_int, default=1, metavar="N", help="that fit there (default 1)")
-    stages.add_argument("--growth", type=float, default=17.0, metavar="X", help="at the highest one (default 17)")
+    stages.add_argument("--sequences", type=positive_int, default=2, metavar="N", help="that fit there (default 2)")
+    stages.add_argument("--growth", type=float, default=9.0, metavar="X", help="at the highest one (default 9)")
     stages.add_argument("--sweep", type=_numbers, metavar="LIST", help="boundaries to measure; see above")
     stages.add_argument(
         "--policies", type=policies, default=("flexpipe", "gated"), metavar="LIST", help="of flexpipe,gated"
     )
     load = parser.add_argument_group("load")
     load.add_argument(
-        "--first", type=_mix, default=_mix("256+8"), metavar="P+O", help="prompt + output (default 256+8)"
+        "--first", type=_mix, default=_mix("256+4"), metavar="P+O", help="prompt + output (default 256+4)"
     )
-    load.add_argument("--second", type=_mix, default=_mix("64+160"), metavar="P+O", help="likewise (64+160)")
+    load.add_argument("--second", type=_mix, default=_mix("64+224"), metavar="P+O", help="likewise (64+224)")
     load.add_argument("--load", type=float, default=0.9, metavar="X", help="of the best capacity (default 0.9)")
     load.add_argument("--duration", type=float, default=90.0, metavar="S", help="of what counts (default 90)")
     load.add_argument("--lead-in", type=float, default=10.0, metavar="S", help="before that (default 10)")
@@ -228,8 +228,8 @@ class _Experiment:
         phases = [(self._mixes[0], rates[0], args.lead_in + half_s), (self._mixes[1], rates[1], half_s)]
         workload = shifting_arrivals(phases, cv=args.cv, seed=args.seed)
         prompts = make_prompts(self._builder, workload, seed=(args.seed, 3))
-        statics = {BALANCED: even, f"best for {self._mixes[0].name}": first, f"best for {self._mixes[1].name}": second}
-        variants = [Variant(name, (boundary,)) for name, boundary in statics.items()]
+        statics = {second: f"best for {self._mixes[1].name}", first: f"best for {self._mixes[0].name}", even: BALANCED}
+        variants = [Variant(name, (boundary,)) for boundary, name in reversed(statics.items())]
         variants += [Variant(policy, (even,), policy) for policy in args.policies]
         if first != second:
             variants.append(Variant("scripted", (first,), moves=((args.lead_in + half_s, (second,)),)))
