@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     load = parser.add_argument_group("load")
     load.add_argument(
-        "--first", type=_mix, default=_mix("256+4"), metavar="P+O", help="prompt + output (default 256+4)"
+        "--first", type=_mix, default=_mix("256+2"), metavar="P+O", help="prompt + output (default 256+2)"
     )
     load.add_argument("--second", type=_mix, default=_mix("64+224"), metavar="P+O", help="likewise (64+224)")
     load.add_argument("--load", type=float, default=0.9, metavar="X", help="of the best capacity (default 0.9)")
