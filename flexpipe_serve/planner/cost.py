@@ -24,6 +24,8 @@ class Cost(NamedTuple):
     cost_s: float
     """Seconds of request latency, summed over the requests that are there meanwhile."""
     duration_s: float
+    busy_duration_s: float
+    """The same when the cores are wanted all the time."""
 
 
 def transition_cost(
@@ -42,11 +44,8 @@ def transition_cost(
     num_running = demand.rate * latency_s
     busy_share = 1 - (1 - _BUSY_SHARE) * min(1.0, num_running)
     copied_bytes = transition.num_copied_layers * profile.kv_bytes_per_token * state.num_kv_tokens_in_use
-    duration_s = (
-        (_START_S if transition.num_started else 0.0)
-        + max(transition.load_s, transition.busy_load_s / busy_share)
-        + copied_bytes / state.migration_bytes_per_s
-    )
+    fixed_s = (_START_S if transition.num_started else 0.0) + copied_bytes / state.migration_bytes_per_s
+    duration_s = fixed_s + max(transition.load_s, transition.busy_load_s / busy_share)
     extra_s = SLOWDOWN * latency_s
     if duration_s > 0 and num_places(demand, transition.num_kv_tokens) < present.num_places:
         shrunk = SplitModel(present.steps, demand, max_kv_tokens=transition.num_kv_tokens)
@@ -61,4 +60,4 @@ def transition_cost(
         pass_s, _ = present.steps.at(chunk)
         # They wait for each other: half of all chunks, on average.
         cost_s += transition.share_replayed * demand.num_running * num_chunks * pass_s / 2
-    return Cost(cost_s, duration_s)
+    return Cost(cost_s, duration_s, fixed_s + max(transition.load_s, transition.busy_load_s / _BUSY_SHARE))

@@ -119,7 +119,7 @@ class FlexPipePolicy:
         for candidate, model, throughput, latency in zip(self._candidates, models, throughputs, latencies, strict=True):
             cost_s = duration_s = 0.0
             if candidate is not self._candidates[0]:
-                cost_s, duration_s = transition_cost(
+                cost_s, duration_s, _ = transition_cost(
                     candidate.transition, state, demand, present=models[0], latency_s=present_s
                 )
             score = 0.0

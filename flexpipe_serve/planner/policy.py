@@ -9,6 +9,7 @@ from flexpipe_serve.planner.cost import transition_cost
 from flexpipe_serve.planner.flexpipe_policy import FlexPipePolicy
 from flexpipe_serve.planner.gate import FEW_ARRIVALS, Gate, expected_demand, with_round_lengths
 from flexpipe_serve.planner.latency import SplitModel
+from flexpipe_serve.planner.peaks import Peaks, work_of
 from flexpipe_serve.planner.profile import ModelProfile
 from flexpipe_serve.planner.step_times import StepTimes
 from flexpipe_serve.planner.types import (
@@ -51,15 +52,19 @@ class _Present(NamedTuple):
     latency_s: float
     """Over the horizon, if nothing changes."""
     correction: float
+    work: float
+    """Of a request."""
 
 
 class GatedPolicy:
-    """Predicted gain over the horizon against predicted cost."""
+    """Predicted gain over the horizon against predicted cost. Where capacity is given away, the cost has what it takes
+    if demand that was there lately returns."""
 
     def __init__(self, weights: PlannerWeights) -> None:
         self._weights = weights
         self._maker = CandidateMaker(weights)
         self._gate = Gate(weights)
+        self._peaks = Peaks()
         self._present: Split | None = None
 
     def decide(self, profile: ModelProfile, state: PlannerState) -> Decision:
@@ -68,7 +73,10 @@ class GatedPolicy:
         candidates = self._maker.candidates(profile, state, demand)
         self._notice_change(profile, state, demand, candidates[0])
         model = candidates[0].under(demand)
-        present = _Present(candidates[0], model, self._latency_s(model), self._correction(model, state))
+        work = work_of(profile, demand)
+        if state.trigger is not Trigger.ASKED:
+            self._peaks.note(state.now, state.demand.rate * work)
+        present = _Present(candidates[0], model, self._latency_s(model), self._correction(model, state), work)
         current = CandidateScore(split=state.current, prediction=model.predict(), score=0.0)
         scores = [current, *(self._score(candidate, state, demand, present) for candidate in candidates[1:])]
         is_saturated = current.prediction.utilisation >= 1
@@ -91,9 +99,18 @@ class GatedPolicy:
 
     def _score(self, candidate: Candidate, state: PlannerState, demand: Demand, present: _Present) -> CandidateScore:
         model = candidate.under(demand)
-        cost_s, duration_s = transition_cost(
+        cost_s, duration_s, back_s = transition_cost(
             candidate.transition, state, demand, present=present.model, latency_s=present.latency_s * present.correction
         )
+        if model.max_rate < present.model.max_rate:
+            cost_s += self._peaks.risk_s(
+                now=state.now,
+                work=present.work,
+                max_rate=model.max_rate,
+                present_rate=present.model.max_rate,
+                duration_s=back_s,
+                horizon_s=self._weights.horizon_s,
+            )
         num_requests = demand.rate * max(0.0, self._weights.horizon_s - duration_s)
         gain_s = present.correction * num_requests * (present.latency_s - self._latency_s(model))
         return CandidateScore(

@@ -127,11 +127,11 @@ def test_the_cost_is_a_slowdown_of_all_who_are_there_meanwhile() -> None:
     transition = Transition(SMALL, old, new)
     present = SplitModel(StepTimes(SMALL, old), demand)
     state = make_state(old, demand, num_kv_tokens_in_use=10_000)
-    cost_s, duration_s = transition_cost(transition, state, demand, present=present, latency_s=2.0)
+    cost_s, duration_s, _ = transition_cost(transition, state, demand, present=present, latency_s=2.0)
     # Always somebody there: loading has 4 % of a core. And 2 layers' KV at 40 MB/s.
     assert duration_s == pytest.approx(2 * LAYER / (0.04 * 5e8) + 2 * 1536 * 10_000 / 4e7)
     assert cost_s == pytest.approx(SLOWDOWN * 2.0 * 0.5 * duration_s)
-    calm, _ = transition_cost(transition, state, make_demand(0.01), present=present, latency_s=2.0)
+    calm, _, _ = transition_cost(transition, state, make_demand(0.01), present=present, latency_s=2.0)
     assert calm < 0.01 * cost_s
 
 

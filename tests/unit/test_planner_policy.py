@@ -15,7 +15,9 @@ from planner_cases import even_split, make_demand, make_device, make_profile, ma
 from flexpipe_serve.planner.candidates import CandidateMaker, device_choices, stage_counts
 from flexpipe_serve.planner.gate import NUM_AGREEING, expected_demand
 from flexpipe_serve.planner.latency import predict
+from flexpipe_serve.planner.peaks import Peaks
 from flexpipe_serve.planner.policy import Policy, make_policy
+from flexpipe_serve.planner.profile import ModelProfile
 from flexpipe_serve.planner.types import (
     Decision,
     Demand,
@@ -45,13 +47,15 @@ def settle(policy: Policy, state: PlannerState) -> Decision:
     return decisions[-1]
 
 
-def follow(policy: Policy, rates: list[float], *, current: Split, cv: float = 1.0) -> list[tuple[int, int]]:
+def follow(
+    policy: Policy, rates: list[float], *, current: Split, profile: ModelProfile = CHATTY
+) -> list[tuple[int, int]]:
     """A second for each rate; changes are made at once. When there was a change, and to how many stages."""
     changes: list[tuple[int, int]] = []
     for second, rate in enumerate(rates):
         last = float(changes[-1][0]) if changes else None
-        demand = make_demand(rate, cv=cv, at=float(second))
-        decision = policy.decide(CHATTY, make_state(current, demand, devices=DEVICES, last_change_at=last))
+        demand = make_demand(rate, at=float(second))
+        decision = policy.decide(profile, make_state(current, demand, devices=DEVICES, last_change_at=last))
         if decision.chosen is not None:
             current = decision.chosen
             changes.append((second, current.num_stages))
@@ -310,7 +314,8 @@ def test_a_demand_that_swings_more_slowly_than_the_horizon_is_followed() -> None
     rates = [
         CAPACITY * (0.65 + 0.6 * math.sin(2 * math.pi * second / period_s)) for second in range(period_s * num_periods)
     ]
-    changes = follow(gated(), rates, current=even_split(1))
+    # Where loading takes no time: see the next test.
+    changes = follow(gated(), rates, current=even_split(1), profile=make_profile(hop_s=0.008, load_bytes_per_s=1e12))
     grown = [second for (second, n), (_, before) in zip(changes, [(0, 1), *changes], strict=False) if n > before]
     back = [second for second, n in changes if n == 1]
     assert len(back) == num_periods
@@ -323,6 +328,18 @@ def test_a_demand_that_swings_more_slowly_than_the_horizon_is_followed() -> None
         current = by_second.get(second, current)
         num_saturated += predict(CHATTY, even_split(current), make_demand(rate)).utilisation >= 1
     assert num_saturated <= 5 * num_periods
+
+
+def test_capacity_is_not_given_away_while_a_peak_may_return() -> None:
+    """Loading takes half a minute when the cores are wanted: what would queue up meanwhile outweighs what one stage
+    saves when little is asked for, until the peak is long gone."""
+    calm, peak = [0.3 * CAPACITY] * 150, [1.3 * CAPACITY] * 100
+    counts = [n for _, n in follow(gated(), calm + peak + calm + peak, current=even_split(1))]
+    assert counts
+    assert min(counts) > 1
+    changes = follow(gated(), calm + peak + calm * 20, current=even_split(1))
+    assert changes[-1][1] == 1
+    assert changes[-1][0] > 500
 
 
 def test_the_same_history_gives_the_same_decisions() -> None:
@@ -356,6 +373,35 @@ def test_a_mix_that_shifts_moves_the_cut() -> None:
     before, after = (predict(profile, split, decode_heavy) for split in (for_prefill, for_decode))
     assert after.num_kv_tokens > before.num_kv_tokens
     assert best(for_decode, prefill_heavy).boundaries[0] > for_decode.boundaries[0]
+
+
+def risk_s(peaks: Peaks, *, now: float, max_rate: float = 1.0) -> float:
+    return peaks.risk_s(now=now, work=1.0, max_rate=max_rate, present_rate=3.0, duration_s=20.0, horizon_s=60.0)
+
+
+def test_a_peak_weighs_by_its_height_and_fades() -> None:
+    peaks = Peaks()
+    assert risk_s(peaks, now=0.0) == 0
+    peaks.note(0.0, 2.0)
+    # Twenty seconds at 1 a second beyond capacity, and as long again to work them off.
+    assert risk_s(peaks, now=1.0) == pytest.approx(20 * (20 + 20) / 2, rel=0.15)
+    assert risk_s(peaks, now=600.0) == pytest.approx(risk_s(peaks, now=1.0) / 10)
+    assert risk_s(peaks, now=1.0, max_rate=2.2) == 0
+    peaks.note(300.0, 0.5)
+    assert risk_s(peaks, now=600.0) == pytest.approx(risk_s(peaks, now=1.0) / 10)
+    peaks.note(590.0, 2.0)
+    assert risk_s(peaks, now=600.0) == pytest.approx(risk_s(peaks, now=1.0))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(0, 1e6), max_size=300))
+def test_peaks_take_little_memory(loads: list[float]) -> None:
+    peaks = Peaks()
+    for second, load in enumerate(loads):
+        peaks.note(float(second), load)
+    kept = [load for _, load in peaks._peaks]
+    assert kept == sorted(set(kept), reverse=True)
+    assert len(kept) <= 1 + math.log(1e6 / 1e-6) / math.log(1.05) or min(kept) < 1e-6
 
 
 # ------------------------------------------------------------------ candidates
