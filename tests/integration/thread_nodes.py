@@ -29,6 +29,7 @@ class NodesHost(LocalStageHost):
 
     Attributes:
         nodes: their state; a test changes it.
+        free_bytes: of those that have not more than enough.
         kept: what an earlier Router was told to keep empty.
     """
 
@@ -36,6 +37,7 @@ class NodesHost(LocalStageHost):
         super().__init__()
         self.node = names[0]
         self.nodes = {name: Node(name=name, address=f"{name}.example") for name in names}
+        self.free_bytes: dict[str, int] = {}
         self.kept: dict[str, float] = {}
         self.launched: list[tuple[str, str]] = []
 
@@ -55,7 +57,7 @@ class NodesHost(LocalStageHost):
         devices = [
             Device(
                 name=name, node=name, kind=kind, compute=name, domain=name,
-                total_bytes=_FREE_BYTES, free_bytes=_FREE_BYTES,
+                total_bytes=_FREE_BYTES, free_bytes=self.free_bytes.get(name, _FREE_BYTES),
             )
             for name, node in self.nodes.items()
             if node.is_alive
@@ -75,9 +77,9 @@ class NodesHost(LocalStageHost):
 
 @contextlib.contextmanager
 def engine_on(
-    host: NodesHost, model: Path, *, num_layers: int, num_stages: int, memory_budget: int | dict[str, int] = 64 << 30
+    host: NodesHost, model: Path, *, num_layers: int, num_stages: int, memory_budget: int | None = 64 << 30
 ) -> Iterator[Engine]:
-    """A started engine; everything it held is gone afterwards."""
+    """A started engine whose stages stand on the nodes in turn; everything it held is gone afterwards."""
     args = ServeArgs(
         model=ModelConfig(source=str(model)),
         memory_budget=memory_budget,  # type: ignore[arg-type]
@@ -93,7 +95,9 @@ def engine_on(
         limits=LimitsConfig(),
         keys=CurveKeys.generate(),
     )
-    engine.start(even_layout(num_layers, num_stages))
+    layout, names = even_layout(num_layers, num_stages), list(host.nodes)
+    engine._pipeline.place({name: names[i % len(names)] for i, name in enumerate(layout.stages)})
+    engine.start(layout)
     try:
         yield engine
     finally:
