@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -23,6 +23,7 @@ from flexpipe_serve.pipeline.channel import CurveKeys
 from flexpipe_serve.pipeline.layout import Layout, even_boundaries, make_layout, stage_prefix
 from flexpipe_serve.pipeline.pipeline import Pipeline
 from flexpipe_serve.pipeline.stage_types import StageHost, StageSetup
+from flexpipe_serve.placement.placements import Placements
 from flexpipe_serve.refactor.feasibility import ModelWeights
 
 CPU_BLOCK_SIZE = 16
@@ -79,6 +80,8 @@ class EngineMaker:
     max_depth: int | None
     stage_cpus: Mapping[str, StageCpus]
     num_cores: int
+    placements: Placements = field(default_factory=Placements)
+    """Of all the pipelines that it makes."""
 
     @property
     def num_layers(self) -> int:
@@ -125,6 +128,7 @@ class EngineMaker:
             metrics=metrics,
             weights=self.weights,
             num_cores=self.num_cores,
+            placements=self.placements,
             sign_of_life_s=min(2.0, setup.orphan_timeout_s / 5),
             arrivals=arrivals,
             on_down=on_down,

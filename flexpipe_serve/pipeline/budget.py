@@ -43,12 +43,23 @@ class KVBudget:
             free_bytes: what would be free there without this pipeline's stages.
         """
         others = self.others(report.domain)
+        free_bytes += others.held_bytes
+        total = self.total_bytes(report.domain, stage=report.name, device=report.device, free_bytes=free_bytes)
+        return max(0, total - others.budget_bytes)
+
+    def total_bytes(self, domain: str, *, stage: str = "", device: str, free_bytes: int) -> int:
+        """What all pipelines of the application together may take of a domain.
+
+        Args:
+            stage: whose domain it is, where it has one of its own.
+            device: 'cpu', or a GPU.
+            free_bytes: what would be free there without them.
+        """
         given = self.budget_bytes
         if isinstance(given, Mapping):
-            given = given.get(report.domain, given.get(report.name))
-        share = CPU_SHARE if report.device == "cpu" else GPU_SHARE
-        total = given if given is not None else int(share * (free_bytes + others.held_bytes))
-        return max(0, total - others.budget_bytes)
+            given = given.get(domain, given.get(stage))
+        share = CPU_SHARE if device == "cpu" else GPU_SHARE
+        return given if given is not None else int(share * free_bytes)
 
 
 def domain_budgets(reports: Iterable[StageReport], budget: KVBudget) -> dict[str, int]:

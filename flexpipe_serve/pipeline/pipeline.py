@@ -206,6 +206,17 @@ class Pipeline:
             return {name: self._homes[name] for name in self._stages if name in self._homes}
 
     @property
+    def homes(self) -> dict[str, str]:
+        """The node where each stage stands or is to stand, as far as is known."""
+        with self._lock:
+            return dict(self._homes)
+
+    @property
+    def setup(self) -> StageSetup:
+        """What all stages have in common."""
+        return self._setup
+
+    @property
     def router_node(self) -> str:
         """Where the Router runs."""
         return self._host.node

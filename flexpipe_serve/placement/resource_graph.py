@@ -64,6 +64,12 @@ class ResourceGraph:
         self._loads: dict[Vertex, tuple[float, float]] = {}
         """For each vertex the sum of its markers at a time, and that time."""
 
+    def copy(self) -> ResourceGraph:
+        """One that can be changed, or read by another thread, without this one."""
+        other = ResourceGraph(decay_s=self._decay_s)
+        other._loads = dict(self._loads)
+        return other
+
     def mark(self, path: Iterable[Vertex], at: float) -> None:
         """Note that a stage starts on the device at the beginning of ``path``."""
         for vertex in path:

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 import msgspec
 
 from flexpipe_serve.engine.scheduler import Scheduler
+from flexpipe_serve.engine.stage_placer import StagePlacer
 from flexpipe_serve.engine.step_loop import StepLoop
 from flexpipe_serve.errors import EngineUnavailableError, RefactorBusyError, RefactorRefusedError
 from flexpipe_serve.pipeline.layout import Layout, even_boundaries, stage_name
@@ -39,6 +40,7 @@ class RefactorManager:
     """Any thread may call its methods; planning and starting is for the engine's control thread.
 
     Args:
+        placer: chooses nodes for stages that are added.
         rebuild: brings a layout up from nothing but tokens; returns how many sequences are replayed.
         on_over: told of every refactoring that ended, with its record and how.
     """
@@ -49,12 +51,14 @@ class RefactorManager:
         step_loop: StepLoop,
         weights: ModelWeights,
         *,
+        placer: StagePlacer,
         rebuild: Callable[[Layout], int],
         on_over: Callable[[RefactorRecord, Finish], None],
     ) -> None:
         self._pipeline = pipeline
         self._loop = step_loop
         self._weights = weights
+        self._placer = placer
         self._rebuild = rebuild
         self._on_over = on_over
         self._lock = threading.Lock()
@@ -106,6 +110,7 @@ class RefactorManager:
             raise RefactorRefusedError(plan.reason)
         record.epoch = self._pipeline.new_epoch()
         self._pipeline.place(placed.node_of)  # a rebuild launches them there, too
+        self._placer.mark(placed.node_of[name] for name in plan.launched)
         coordinator = Coordinator(
             Transition(
                 old=old,
@@ -268,7 +273,7 @@ class RefactorManager:
         usable = self._pipeline.usable_nodes(topology, avoid=avoid)
         if not usable:
             raise RefactorRefusedError("there is no node left: all that live are being drained or to be avoided.")
-        nodes = None
+        nodes: Sequence[str] | None = None
         if request.nodes is not None:
             nodes = [find_node(text, topology, param="nodes").name for text in request.nodes]
             for text, node in zip(request.nodes, nodes, strict=True):
@@ -278,7 +283,15 @@ class RefactorManager:
                         " the kind that stages use, or came after a server that was started on a single node and"
                         " listens on no network."
                     )
-        return place_stages(old, boundaries, nodes=nodes, node_of=self._pipeline.node_of, spare=spare, usable=usable)
+        node_of = self._pipeline.node_of
+        placed = place_stages(old, boundaries, nodes=nodes, node_of=node_of, spare=spare, usable=usable)
+        is_added = not node_of.keys() >= {*placed.layout.stages}
+        if nodes is not None or not is_added or len(usable) == 1 or not {*usable} >= {*node_of.values()}:
+            return placed
+        nodes = self._placer.choose(placed.layout, topology, usable=usable, node_of=node_of)
+        if nodes is None or [*nodes] == [placed.node_of[name] for name in placed.layout.stages]:
+            return placed
+        return place_stages(old, boundaries, nodes=nodes, node_of=node_of, spare=spare, usable=usable)
 
     def _max_spare(self, stage: str) -> int:
         return self.num_warm_stages if self._pipeline.node_of.get(stage) not in self._pipeline.avoid else 0

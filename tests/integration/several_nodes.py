@@ -30,16 +30,9 @@ NUM_LAYERS = 6
 
 
 class NativeHost(RayStageHost):
-    """With kernels that compute every row by itself; the first stages stand on nodes of their own."""
-
-    def __init__(self, app: str, nodes: list[str]) -> None:
-        super().__init__(app)
-        self._nodes = nodes
+    """With kernels that compute every row by itself."""
 
     def launch(self, setup: StageSetup, *, node: str | None = None) -> StageHandle:
-        index = int(setup.name.partition("-")[2])
-        if node is None:
-            node = self._nodes[index % len(self._nodes)]
         return super().launch(dataclasses.replace(setup, linear="native"), node=node)
 
 
@@ -55,7 +48,7 @@ def main(model: str) -> None:
     )
     engine, _ = build_engine(
         args,
-        host=NativeHost(uuid.uuid4().hex, [here, there]),
+        host=NativeHost(uuid.uuid4().hex),
         domain_key=uuid.uuid4().hex,
         device="cpu",
         num_cores=2,
@@ -64,6 +57,7 @@ def main(model: str) -> None:
         keys=CurveKeys.generate(),
     )
     try:
+        engine._pipeline.place({"stage-0": here, "stage-1": there})
         engine.start(even_layout(NUM_LAYERS, 2))
         requests = make_requests(random.Random(2), 12)
         expected = serve_all(engine, requests)
