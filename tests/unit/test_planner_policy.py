@@ -337,9 +337,13 @@ def test_capacity_is_not_given_away_while_a_peak_may_return() -> None:
     counts = [n for _, n in follow(gated(), calm + peak + calm + peak, current=even_split(1))]
     assert counts
     assert min(counts) > 1
-    changes = follow(gated(), calm + peak + calm * 20, current=even_split(1))
-    assert changes[-1][1] == 1
-    assert changes[-1][0] > 500
+    policy = gated()
+    policy.decide(CHATTY, make_state(even_split(2), make_demand(1.3 * CAPACITY), devices=DEVICES))
+    soon, late = (make_state(even_split(2), make_demand(0.3, at=at), devices=DEVICES) for at in (300.0, 4000.0))
+    decisions = [policy.decide(CHATTY, soon) for _ in range(NUM_AGREEING)]
+    assert {d.verdict for d in decisions} == {Verdict.STAY}
+    assert [d.candidates[0].split for d in decisions] == [even_split(2)] * NUM_AGREEING
+    assert settle(policy, late).verdict is Verdict.MOVE
 
 
 def test_the_same_history_gives_the_same_decisions() -> None:
