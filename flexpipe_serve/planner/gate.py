@@ -85,12 +85,19 @@ class Gate:
         self._grew = grew
 
     def judge(
-        self, state: PlannerState, present: CandidateScore, best: CandidateScore | None, *, present_total_s: float
+        self,
+        state: PlannerState,
+        present: CandidateScore,
+        best: CandidateScore | None,
+        *,
+        horizon_s: float,
+        present_total_s: float,
     ) -> Judgement:
         """Whether to go from ``present`` to ``best``, and why.
 
         Args:
             best: None where nothing is better.
+            horizon_s: over which its gain is counted.
             present_total_s: latency of all requests over the horizon, if nothing changes.
         """
         weights = self._weights
@@ -101,7 +108,7 @@ class Gate:
         relieves = present.prediction.utilisation >= 1 > best.prediction.utilisation
         words = describe(best.split, present=present.split)
         numbers = (
-            f"{words} would save {best.gain_s:.3g} s of request latency over {weights.horizon_s:g} s, at a cost of"
+            f"{words} would save {best.gain_s:.3g} s of request latency over {horizon_s:.0f} s, at a cost of"
             f" {best.cost_s:.3g} s and a margin of {margin_s:.3g} s"
         )
         if relieves:

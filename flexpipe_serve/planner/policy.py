@@ -26,6 +26,8 @@ from flexpipe_serve.planner.words import make_decision
 
 _CORRECTION = (0.5, 2.0)
 """Measured over predicted latency; what is beyond has other causes than the model."""
+_LONGEST = 10.0
+"""Horizons that a gain is counted over at most."""
 _NEVER = 10.0
 """Horizons that a request waits which does not fit."""
 
@@ -65,6 +67,8 @@ class GatedPolicy:
         self._maker = CandidateMaker(weights)
         self._gate = Gate(weights)
         self._peaks = Peaks()
+        self._better_since: dict[tuple[object, ...], float] = {}
+        """By devices and number of pipelines, since when that has been faster than the present split."""
         self._present: Split | None = None
 
     def decide(self, profile: ModelProfile, state: PlannerState) -> Decision:
@@ -90,9 +94,10 @@ class GatedPolicy:
         elif demand.num_arrived < FEW_ARRIVALS:
             why = f"{demand.num_arrived} requests so far tell too little"
         else:
-            total_s = present.correction * present.latency_s * demand.rate * self._weights.horizon_s
             best = scores[0] if scores[0] is not current else None
-            verdict, why = self._gate.judge(state, current, best, present_total_s=total_s)
+            horizon_s = self._horizon_s(scores[0].split, state.now)
+            total_s = present.correction * present.latency_s * demand.rate * horizon_s
+            verdict, why = self._gate.judge(state, current, best, horizon_s=horizon_s, present_total_s=total_s)
             if verdict is Verdict.MOVE:
                 chosen = scores[0].split
         return make_decision("gated", state, current=current, candidates=scores, chosen=chosen, why=why)
@@ -111,8 +116,11 @@ class GatedPolicy:
                 duration_s=back_s,
                 horizon_s=self._weights.horizon_s,
             )
-        num_requests = demand.rate * max(0.0, self._weights.horizon_s - duration_s)
-        gain_s = present.correction * num_requests * (present.latency_s - self._latency_s(model))
+        saved_s = present.latency_s - self._latency_s(model)
+        if state.trigger is not Trigger.ASKED:
+            self._note_better(candidate.split, state.now, is_better=saved_s > 0)
+        num_requests = demand.rate * max(0.0, self._horizon_s(candidate.split, state.now) - duration_s)
+        gain_s = present.correction * num_requests * saved_s
         return CandidateScore(
             split=candidate.split,
             prediction=model.predict(),
@@ -121,6 +129,20 @@ class GatedPolicy:
             cost_s=cost_s,
             refused=refusal(candidate, state, demand, present=present.candidate),
         )
+
+    def _note_better(self, split: Split, now: float, *, is_better: bool) -> None:
+        _, *place = split_key(split)
+        if is_better:
+            self._better_since.setdefault(tuple(place), now)
+        else:
+            self._better_since.pop(tuple(place), None)
+
+    def _horizon_s(self, split: Split, now: float) -> float:
+        """What has been better for some time is taken to stay so for as long again: a change that takes longer than the
+        horizon may pay all the same."""
+        _, *place = split_key(split)
+        horizon_s = self._weights.horizon_s
+        return min(max(horizon_s, now - self._better_since.get(tuple(place), now)), _LONGEST * horizon_s)
 
     def _latency_s(self, model: SplitModel) -> float:
         return min(model.latency_over(self._weights.horizon_s), _NEVER * self._weights.horizon_s)
@@ -138,6 +160,7 @@ class GatedPolicy:
         if state.trigger is Trigger.ASKED:
             return
         if self._present is not None and split_key(self._present) != split_key(state.current):
+            self._better_since.clear()
             before = SplitModel(StepTimes(profile, self._present), demand)
             self._gate.note_change(grew=present.under(demand).max_rate > before.max_rate)
         self._present = state.current

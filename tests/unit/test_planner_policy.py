@@ -346,6 +346,18 @@ def test_capacity_is_not_given_away_while_a_peak_may_return() -> None:
     assert settle(policy, late).verdict is Verdict.MOVE
 
 
+def test_what_takes_longer_than_the_horizon_pays_where_demand_lasts() -> None:
+    slow = make_profile(hop_s=0.008, load_bytes_per_s=3e6)  # over a minute
+    rate = 0.85 * CAPACITY
+    policy = gated()
+    first = policy.decide(slow, make_state(even_split(1), make_demand(rate), devices=DEVICES))
+    assert all(c.gain_s == 0 for c in first.candidates if c.prediction.latency_s < first.current.prediction.latency_s)
+    changes = follow(gated(), [rate] * 400, current=even_split(1), profile=slow)
+    assert len(changes) == 1
+    assert changes[0][0] > WEIGHTS.horizon_s
+    assert changes[0][1] > 1
+
+
 def test_the_same_history_gives_the_same_decisions() -> None:
     rates = [CAPACITY * (0.2 + 0.9 * (second // 40 % 2)) for second in range(200)]
     assert follow(gated(), rates, current=even_split(1)) == follow(gated(), rates, current=even_split(1)) != []
