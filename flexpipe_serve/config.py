@@ -214,6 +214,12 @@ class PlannerConfig(_Strict):
     cool_down_s: float = Field(30.0, ge=0, description="After a change, before the next.")
     max_stages: int = Field(4, ge=1, description="Largest granularity to consider.")
     max_pipelines: int = Field(1, ge=1, description="Most pipelines to serve with at once.")
+    give_back_after_s: float = Field(
+        300.0, ge=0, description="A change to fewer nodes waits until nothing has needed the others for so long."
+    )
+    always_on_share: float = Field(
+        0.3, ge=0, le=1, description="Of the most nodes needed at once within a day, which is never given back."
+    )
 
 
 class UserConfig(_Strict):

@@ -17,6 +17,7 @@ from flexpipe_serve.engine.planner_view import PipelineView, nodes_of
 from flexpipe_serve.engine.scale_record import ScaleRecord, ScaleRequest
 from flexpipe_serve.errors import EngineUnavailableError, RefactorBusyError
 from flexpipe_serve.planner.demand import DemandMonitor, trigger_of
+from flexpipe_serve.planner.give_back import GiveBack
 from flexpipe_serve.planner.policy import Policy, make_policy
 from flexpipe_serve.planner.profile import ModelProfile
 from flexpipe_serve.planner.types import Decision, PlannerState, PlannerWeights, Split, Trigger, Verdict
@@ -69,6 +70,7 @@ class PlannerService:
         self._deciding = threading.Lock()
         self._config = PlannerConfig()
         self._policy = make_policy(self._config.policy, _weights(self._config))
+        self._give_back = _give_back(self._config)
         self._decisions: deque[Decision] = deque(maxlen=_MAX_DECISIONS)
         self._last_change_at: float | None = None
         self._refactoring_id: str | None = None
@@ -103,10 +105,12 @@ class PlannerService:
             self._thread.join()
 
     def configure(self, config: PlannerConfig) -> None:
-        """Take a new configuration. A policy forgets what it has seen only where its own knobs changed."""
+        """Take a new configuration. What has been seen is forgotten only by those whose own knobs changed."""
         with self._deciding:
             if (config.policy, _weights(config)) != (self._config.policy, _weights(self._config)):
                 self._policy = self._make_policy(config.policy, _weights(config))
+            if _elasticity(config) != _elasticity(self._config):
+                self._give_back = _give_back(config)
             self._config = config
         self._wake.set()
 
@@ -143,7 +147,7 @@ class PlannerService:
         if self._is_changing():
             return
         with self._deciding:
-            decision = self._decide(self._policy, None)
+            decision = self._give_back.judge(self._decide(self._policy, None), at=time.monotonic())
             mode = self._config.mode
         if decision.verdict is Verdict.MOVE and mode == "on":
             assert decision.chosen is not None
@@ -203,7 +207,9 @@ class PlannerService:
                 asyncio.run(self._pipelines.scale(ScaleRequest(pipelines=chosen.num_pipelines, reason=reason)))
                 self._note("planned", decision.sentence)
                 return decision
-            nodes = nodes_of(chosen, present=[device.node for device in current.devices])
+            view = self._pipelines.view()
+            known = current.devices if view is None else view.devices
+            nodes = nodes_of(chosen, known=[device.node for device in known])
             request = RefactorRequest(boundaries=chosen.boundaries, nodes=nodes, reason=reason)
             record = asyncio.run(self._pipelines.refactor(request))
         except (ValueError, RefactorBusyError, EngineUnavailableError) as error:  # refused, in one way or another
@@ -222,3 +228,12 @@ def _weights(config: PlannerConfig) -> PlannerWeights:
         max_stages=config.max_stages,
         max_pipelines=config.max_pipelines,
     )
+
+
+def _elasticity(config: PlannerConfig) -> tuple[float, float]:
+    return config.give_back_after_s, config.always_on_share
+
+
+def _give_back(config: PlannerConfig) -> GiveBack:
+    window_s, floor_share = _elasticity(config)
+    return GiveBack(window_s=window_s, floor_share=floor_share)

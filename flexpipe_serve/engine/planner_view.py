@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -71,10 +71,14 @@ def distinct(devices: Iterable[StageDevice]) -> tuple[StageDevice, ...]:
     return tuple({device.name: device for device in devices}.values())
 
 
-def nodes_of(split: Split, *, present: Sequence[str]) -> tuple[str, ...] | None:
-    """The node of each stage of ``split``; None where all are on the one node that the pipeline is on already."""
-    nodes = tuple(device.node for device in split.devices)
-    return None if {*nodes} == {*present} and len({*nodes}) == 1 else nodes
+def nodes_of(split: Split, *, known: Iterable[str]) -> tuple[str, ...] | None:
+    """The node of each stage of ``split``, of several pipelines of the first; None where there is one node only.
+
+    Args:
+        known: the nodes that there are.
+    """
+    nodes = tuple(device.node for device in split.devices[: split.num_stages])
+    return None if {*known} == {*nodes} and len({*nodes}) == 1 else nodes
 
 
 def make_view(

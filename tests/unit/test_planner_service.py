@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import msgspec
 import pytest
 
 from flexpipe_serve.config import PlannerConfig
@@ -49,6 +50,7 @@ class Pipelines:
 
     def __init__(self) -> None:
         self.split = TWO
+        self.devices = (DEVICE,)
         self.is_changing = False
         self.is_up = True
         self.refuses = False
@@ -62,7 +64,7 @@ class Pipelines:
             return None
         return PipelineView(
             split=self.split,
-            devices=(DEVICE,),
+            devices=self.devices,
             num_waiting=1,
             num_running=2,
             num_kv_tokens_in_use=3,
@@ -203,3 +205,16 @@ def test_without_a_pipeline_there_is_no_plan(bench: Bench) -> None:
     bench.pipelines.is_up = False
     with pytest.raises(EngineUnavailableError, match="not up"):
         bench.service.plan()
+
+
+def test_a_move_to_fewer_nodes_waits_and_keeps_its_nodes_when_it_comes(bench: Bench) -> None:
+    other = msgspec.structs.replace(DEVICE, name="b", node="b")
+    bench.pipelines.split = Split(boundaries=(2,), devices=(DEVICE, other))
+    bench.pipelines.devices = (DEVICE, other)
+    bench.service.configure(PlannerConfig(mode="on", interval_s=0.1))
+    bench.wait_for_looks(4)
+    assert bench.pipelines.requests == []
+    assert "But it waits: that takes 2 nodes down to 1" in bench.service.decisions()[0].sentence
+    bench.service.configure(PlannerConfig(mode="on", interval_s=0.1, give_back_after_s=0))
+    assert bench.pipelines.asked.wait(WAIT_S)
+    assert bench.pipelines.requests[0].nodes == ("a",)

@@ -101,7 +101,9 @@ def test_nodes_are_named_only_where_there_is_a_choice() -> None:
         devices = tuple(StageDevice(name=node, node=node, compute=node, domain=node, memory_bytes=1) for node in nodes)
         return Split(boundaries=tuple(range(1, len(nodes))), devices=devices)
 
-    assert nodes_of(split("a", "a"), present=["a"]) is None
-    assert nodes_of(split("a", "b"), present=["a"]) == ("a", "b")
-    assert nodes_of(split("b"), present=["a"]) == ("b",)
-    assert nodes_of(split("a"), present=["a", "b"]) == ("a",)
+    assert nodes_of(split("a", "a"), known=["a"]) is None
+    assert nodes_of(split("a", "b"), known=["a", "b"]) == ("a", "b")
+    assert nodes_of(split("b"), known=["a", "b"]) == ("b",)
+    assert nodes_of(split("a", "a"), known=["a", "b"]) == ("a", "a"), "not where else stages might be placed"
+    several = Split(boundaries=(), devices=split("a", "b").devices, num_pipelines=2)
+    assert nodes_of(several, known=["a", "b"]) == ("a",)
