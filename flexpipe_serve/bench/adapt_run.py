@@ -184,9 +184,10 @@ class AdaptSession:
         for end in ends:
             if isinstance(end, Exception):  # not the cancellation: a layout was refused, or the server went away
                 raise ConfigError(f"{variant.name} could not be measured: {end}")
-        decisions = await self._decisions(since=started_at) if variant.policy is not None else []
-        # No further decisions while nobody asks for anything.
-        await self._deploy(variant.boundaries, {"mode": "off"})
+        decisions: list[dict[str, Any]] = []
+        if variant.policy is not None:
+            decisions = await self._decisions(since=started_at)
+            await self._deploy(variant.boundaries, {"mode": "off"})  # nothing is decided while nobody asks for anything
         records = [record for record in await self.handle.refactorings() if record.requested_at >= started_at]
         over_at = started_at + max(request.end_s for request in wave.requests)
         records = [record for record in records if record.requested_at <= over_at]

@@ -18,7 +18,7 @@ def test_bench_adapt(tmp_path: Path) -> None:
     code = main(
         ["bench", "adapt", "--config", str(CONFIG), "--trace", "gamma:2", "--stages", "1,2", "--policies", "",
          "--start", "1", "--warm-stages", "0", "--duration", "2", "--lead-in", "1", "--concurrency", "2",
-         "--prompt-tokens", "16", "--output-tokens", "8", "--repeats", "2", "--rate", "3",
+         "--prompt-tokens", "16", "--output-tokens", "8", "--rate", "3",
          "--json", str(out), "--plot", str(tmp_path / "plot.png"), "--server-log", str(tmp_path / "server.log")]
     )  # fmt: skip
     (trace,) = json.loads(out.read_text())["traces"]
@@ -26,11 +26,9 @@ def test_bench_adapt(tmp_path: Path) -> None:
     assert trace["differences"] == []
     assert set(trace["capacity_per_s"]) == {"static 1", "static 2"}
     for name, num_stages in (("static 1", 1), ("static 2", 2)):
-        runs = trace["variants"][name]
-        assert len(runs) == 2
-        for run in runs:
-            assert {look["num_stages"] for look in run["looks"]} == {num_stages}
-            assert run["refactorings"] == []
-            assert run["figures"]["num_lost"] == 0
-            assert run["figures"]["stage_s"] == pytest.approx(num_stages * run["figures"]["device_s"])
+        (run,) = trace["variants"][name]
+        assert {look["num_stages"] for look in run["looks"]} == {num_stages}
+        assert run["refactorings"] == []
+        assert run["figures"]["num_lost"] == 0
+        assert run["figures"]["stage_s"] == pytest.approx(num_stages * run["figures"]["device_s"])
     assert list(tmp_path.glob("plot-*.png"))
