@@ -229,7 +229,7 @@ class AsyncHandle:
         """Empty a node before it goes: its stages move elsewhere while they serve, and none is launched there.
 
         Args:
-            node: its id as in the status, the beginning of that, or its name or address.
+            node: its id as in the status, the beginning of that, or its address.
             deadline_s: until it may be gone; asked again, it gets the new deadline.
             reason: stands in the record.
             wait: return when it is empty, or gone; else at once.
