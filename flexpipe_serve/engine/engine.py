@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -28,7 +28,7 @@ from flexpipe_serve.engine.wanted_layout import WantedLayout
 from flexpipe_serve.errors import EngineUnavailableError, RefactorBusyError
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.model.tokenizer import ModelTokenizer
-from flexpipe_serve.pipeline.budget import DomainUse, KVBudget
+from flexpipe_serve.pipeline.budget import DomainUse
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.pipeline import Pipeline
 from flexpipe_serve.pipeline.stage_types import StageReport
@@ -89,8 +89,6 @@ class Engine:
         scheduler = Scheduler(scheduler_config, num_blocks=1, block_size=block_size, arrivals=arrivals)
         self._block_size = block_size
         self._loop = StepLoop(self._pipeline, scheduler, metrics, num_cores=num_cores)
-        self._memory = PipelineMemory(self._pipeline, self._loop)
-        self._is_resizing = False
         self._on_down = on_down
         self._control = ThreadPoolExecutor(1, thread_name_prefix="flexpipe-control")
         self._stopping = threading.Event()
@@ -106,6 +104,13 @@ class Engine:
             placer=self._placer,
             rebuild=self._rebuild_once,
             on_over=self._on_refactored,
+        )
+        self.memory = PipelineMemory(
+            self._pipeline,
+            self._loop,
+            self._refactorings,
+            control=self._control,
+            on_resized=self._after_resizing,
         )
         self._drainer = Drainer(
             self._pipeline,
@@ -246,57 +251,23 @@ class Engine:
         """Whether a refactoring runs."""
         return self._refactorings.is_running
 
-    @property
-    def budget(self) -> KVBudget:
-        """How its KV follows from memory."""
-        return self._pipeline.budget
-
-    @property
-    def budgets(self) -> dict[str, int]:
-        """Bytes that it may take, by domain."""
-        return dict(self._pipeline.budgets)
-
     def launch(self, layout: Layout) -> PipelineUse:
         """Start empty stages, for ``start``. See PipelineMemory.launch."""
         self._heartbeat.start()
         self._pipeline.avoid = frozenset(self._pipeline.read_drained())
         self._control.submit(self._placer.place, layout).result()
-        use = self._control.submit(self._memory.launch, layout).result()
+        use = self._control.submit(self.memory.launch, layout).result()
         self._placer.update(use.reports)
         return use
 
-    def memory_use(self) -> PipelineUse:
-        """See PipelineMemory.use."""
-        return self._control.submit(self._memory.use).result()
-
     def domain_use(self, domain: str) -> DomainUse:
         """See PipelineMemory.domain_use."""
-        return self._memory.domain_use(domain, self._reports)
+        return self.memory.domain_use(domain, self._reports)
 
-    def resize_kv(self, budgets: Mapping[str, int]) -> None:
-        """Have as much KV as these budgets, in bytes by domain, allow; those not named stay.
-
-        Raises:
-            RefactorBusyError: a refactoring runs; it is done with the next one.
-            RefactorRefusedError, KVMemoryError, EngineUnavailableError: see PipelineMemory.resize.
-        """
-        use = self._control.submit(self._begin_resizing).result()
-        try:
-            num_blocks = self._memory.resize(use, {**use.budgets, **budgets})
-        finally:
-            self._control.submit(self._end_resizing).result()
-        self._note("kv_resized", f"{num_blocks} KV blocks.")
-
-    def _begin_resizing(self) -> PipelineUse:
-        if self._refactorings.is_running:
-            raise RefactorBusyError("A refactoring is running; wait or cancel it.")
-        use = self._memory.use()
-        self._is_resizing = True
-        return use
-
-    def _end_resizing(self) -> None:
-        self._is_resizing = False
-        with contextlib.suppress(EngineUnavailableError):
+    def _after_resizing(self, num_blocks: int | None) -> None:
+        if num_blocks is not None:
+            self._note("kv_resized", f"{num_blocks} KV blocks.")
+        with contextlib.suppress(EngineUnavailableError):  # a lost stage is noticed by its watch call
             self._reports = self._pipeline.reports()
         self._wanted.pursue()
 
@@ -366,7 +337,7 @@ class Engine:
 
     def _bring_up(self, layout: Layout) -> int:
         """Start the layout from nothing but tokens. Returns how many sequences are replayed."""
-        with self._memory.changing:
+        with self.memory.changing:
             self._placer.place(layout)
             num_blocks = self._pipeline.start(layout)
             self._reports = self._pipeline.reports()
@@ -423,7 +394,7 @@ class Engine:
     # ------------------------------------------------------------------ refactorings
 
     def _start_refactoring(self, request: RefactorRequest) -> RefactorRecord:
-        if self._is_resizing and not request.dry_run:
+        if self.memory.is_resizing and not request.dry_run:
             raise RefactorBusyError("The KV is being resized, for pipelines come or go; wait for that.")
         record = self._refactorings.start(request)
         if not record.is_over:

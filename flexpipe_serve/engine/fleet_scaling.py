@@ -215,13 +215,13 @@ class FleetScaling:
         changed: list[tuple[Engine, dict[str, int]]] = []
         try:
             new = engine.launch(layout)
-            uses = [other.memory_use() for other in serving]
-            shares = make_room(uses, new, budget=engine.budget, weights=self._maker.weights)
+            uses = [other.memory.use() for other in serving]
+            shares = make_room(uses, new, budget=engine.memory.budget, weights=self._maker.weights)
             for other, use, share in zip(serving, uses, shares, strict=True):
                 former = {domain: use.budgets[domain] for domain in share}
                 if share != former:
                     changed.append((other, former))
-                    other.resize_kv(share)
+                    other.memory.resize(share)
             self._tell(engine)
             engine.start(layout)
             if self._stopping.is_set():
@@ -256,14 +256,14 @@ class FleetScaling:
             )
         num_handed_over = leaving.loop.hand_over(lambda stream: self._place(stream, staying), retire=True).result()
         self._routing.forget(leaving.number)
-        budgets = leaving.budgets
+        budgets = leaving.memory.budgets
         leaving.stop()
         self._note(
             "pipeline_ended", f"pipeline {leaving.number} is gone; {num_handed_over} sequences go on in the others."
         )
         self._on_gone(leaving)
         with contextlib.suppress(EngineUnavailableError):  # one is being rebuilt, and takes what is there
-            for engine, share in zip(staying, take_room([e.memory_use() for e in staying], budgets), strict=True):
+            for engine, share in zip(staying, take_room([e.memory.use() for e in staying], budgets), strict=True):
                 if share:
                     self._resize(engine, share)
         return num_handed_over
@@ -288,7 +288,7 @@ class FleetScaling:
 
     def _resize(self, engine: Engine, budgets: dict[str, int]) -> None:
         try:
-            engine.resize_kv(budgets)
+            engine.memory.resize(budgets)
         except (MemoryError, TimeoutError, RefactorBusyError, RefactorRefusedError, EngineUnavailableError) as error:
             logger.warning("the KV of pipeline %d stays as it is: %s", engine.number, error)
             self._note("kv_not_resized", f"the KV of pipeline {engine.number} stays as it is: {error}")
@@ -330,6 +330,7 @@ class FleetScaling:
 def _in_thread(work: Callable[[], _T], held: threading.Lock | None = None) -> Future[_T]:
     """What ``work`` comes to, in a thread of its own, which releases the lock that is ``held``."""
     future: Future[_T] = Future()
+    future.set_running_or_notify_cancel()  # a client that leaves does not stop it
 
     def run() -> None:
         error = result = None
