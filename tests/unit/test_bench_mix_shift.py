@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from flexpipe_serve.bench.adapt_metrics import Alone, Look
 from flexpipe_serve.bench.adapt_plot import save_plot
 from flexpipe_serve.bench.adapt_report import TraceResult, Yardstick
 from flexpipe_serve.bench.adapt_run import AdaptRun, Variant
+from flexpipe_serve.bench.adapt_server import compare_answers
 from flexpipe_serve.bench.adapt_trace import WorkloadFacts
 from flexpipe_serve.bench.arrivals import Arrival
 from flexpipe_serve.bench.identity import Difference
@@ -143,6 +147,30 @@ def test_the_mix_shift_report(result: TraceResult, tmp_path: Path) -> None:
     assert mix_shift_report.to_json(points, None, shift_s=5.0)["sweep"]
     save_plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+class FakeHandle:
+    """Says how close the two best tokens were."""
+
+    async def call(self, method: str, path: str, kind: type, body: dict[str, Any]) -> dict[str, Any]:
+        assert (method, path, body["prompt"], body["max_tokens"]) == ("POST", "/v1/completions", "prompt 1", 2)
+        top = [{"a": -0.1, "c": -3.0}, {"b": -0.5, "c": -0.5004}]
+        return {"choices": [{"logprobs": {"text_offset": [0, 1], "top_logprobs": top}}]}
+
+
+async def test_answers_are_compared_with_the_first_ones(result: TraceResult) -> None:
+    session: Any = SimpleNamespace(handle=FakeHandle(), target=SimpleNamespace(model="m"))
+    prompts = [f"prompt {index}" for index in range(4)]
+    assert await compare_answers(result.runs, session, result.workload, prompts) == []
+    run = result.runs[1]
+    requests = list(run.wave.requests)
+    requests[1] = replace(requests[1], pieces=("a", "c"))
+    requests[2] = replace(requests[2], pieces=(), error="lost")
+    changed = replace(run, wave=replace(run.wave, requests=tuple(requests)))
+    ((where, difference),) = await compare_answers([result.runs[0], changed], session, result.workload, prompts)
+    assert where is changed
+    assert (difference.prompt, difference.char, difference.found) == (1, 1, "c")
+    assert difference.logprob_gap == pytest.approx(4e-4)
 
 
 def rendered(what: object) -> str:
