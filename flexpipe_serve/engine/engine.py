@@ -214,7 +214,7 @@ class Engine:
         """Whether a request could be served now."""
         return self._unavailable is None
 
-    def view(self, *, num_pipelines: int) -> PipelineView | None:
+    def view(self) -> PipelineView | None:
         """The pipeline as the planner sees it; None while it is not up."""
         layout = self._pipeline.layout
         if layout is None or not self.is_up:
@@ -227,7 +227,6 @@ class Engine:
             stats=self._loop.scheduler.stats(),
             block_size=self._block_size,
             is_changing=self.is_refactoring,
-            num_pipelines=num_pipelines,
             usable=() if topology is None else devices_for_planner(self._placer.in_order(topology)),
         )
 

@@ -18,7 +18,7 @@ from flexpipe_serve.engine.fleet_routing import FleetRouting
 from flexpipe_serve.engine.fleet_scaling import FleetScaling
 from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.planner_service import PlannerService
-from flexpipe_serve.engine.planner_view import PipelineView
+from flexpipe_serve.engine.planner_view import PipelineView, join_views
 from flexpipe_serve.engine.profile_source import ProfileSource
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scale_record import ScaleRecord, ScaleRequest
@@ -192,12 +192,13 @@ class Fleet:
         return self._planner.decisions()
 
     def view(self) -> PipelineView | None:
-        """See Plannable.view. The first pipeline stands for all."""
-        engines = self.engines
-        view = engines[0].view(num_pipelines=len(engines)) if engines else None
-        if view is not None and (self._scaling.is_busy or any(engine.is_refactoring for engine in engines)):
-            return dataclasses.replace(view, is_changing=True)
-        return view
+        """See Plannable.view."""
+        found = [engine.view() for engine in self.engines]
+        views = [view for view in found if view is not None]
+        if not views or len(views) < len(found):
+            return None
+        view = join_views(views)
+        return dataclasses.replace(view, is_changing=True) if self._scaling.is_busy else view
 
     async def drain(self, request: DrainRequest) -> DrainRecord:
         """See EngineClient.drain: all pipelines leave the node."""

@@ -57,18 +57,42 @@ def devices_of(reports: Iterable[StageReport], budgets: Mapping[str, int]) -> di
     return {name: largest[device.name] for name, device in devices.items()}
 
 
-def split_of(layout: Layout, devices: Mapping[str, StageDevice], *, num_pipelines: int = 1) -> Split:
-    """The layout in force, for the planner."""
-    return Split(
-        boundaries=layout.boundaries,
-        devices=tuple(devices[name] for name in layout.stages),
-        num_pipelines=num_pipelines,
-    )
-
-
 def distinct(devices: Iterable[StageDevice]) -> tuple[StageDevice, ...]:
     """Each device once, in the order they come."""
     return tuple({device.name: device for device in devices}.values())
+
+
+def join_views(views: Sequence[PipelineView]) -> PipelineView:
+    """One view of several pipelines, at least one. The first one's cuts stand for all; a device has the budgets that
+    they have of it together."""
+    if len(views) == 1:
+        return views[0]
+    memory: dict[str, int] = {}
+    for view in views:
+        for device in distinct(view.split.devices):
+            memory[device.name] = memory.get(device.name, 0) + device.memory_bytes
+
+    def joined(devices: Iterable[StageDevice]) -> tuple[StageDevice, ...]:
+        return tuple(
+            msgspec.structs.replace(device, memory_bytes=memory.get(device.name, device.memory_bytes))
+            for device in devices
+        )
+
+    return PipelineView(
+        split=Split(
+            boundaries=views[0].split.boundaries,
+            devices=joined(device for view in views for device in view.split.devices),
+            num_pipelines=len(views),
+        ),
+        devices=distinct(joined(device for view in views for device in view.devices)),
+        num_waiting=sum(view.num_waiting for view in views),
+        num_running=sum(view.num_running for view in views),
+        num_kv_tokens_in_use=sum(view.num_kv_tokens_in_use for view in views),
+        num_kv_tokens=sum(view.num_kv_tokens for view in views),
+        num_prompt_tokens=sum(view.num_prompt_tokens for view in views),
+        num_prefix_hit_tokens=sum(view.num_prefix_hit_tokens for view in views),
+        is_changing=any(view.is_changing for view in views),
+    )
 
 
 def nodes_of(split: Split, *, known: Iterable[str]) -> tuple[str, ...] | None:
@@ -89,7 +113,6 @@ def make_view(
     stats: SchedulerStats,
     block_size: int,
     is_changing: bool,
-    num_pipelines: int = 1,
     usable: Iterable[StageDevice] = (),
 ) -> PipelineView | None:
     """The view of a pipeline.
@@ -116,7 +139,7 @@ def make_view(
         for device in usable
         if device.node not in nodes and device.memory_bytes > 0
     )
-    split = split_of(layout, devices, num_pipelines=num_pipelines)
+    split = Split(boundaries=layout.boundaries, devices=tuple(devices[name] for name in layout.stages))
     return PipelineView(
         split=split,
         devices=distinct((*split.devices, *devices.values(), *elsewhere)),

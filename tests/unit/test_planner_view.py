@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexpipe_serve.engine.planner_view import make_view, nodes_of
+from flexpipe_serve.engine.planner_view import join_views, make_view, nodes_of
 from flexpipe_serve.engine.scheduler_config import SchedulerStats
 from flexpipe_serve.pipeline.channel import Endpoint
 from flexpipe_serve.pipeline.layout import make_layout
@@ -94,6 +94,19 @@ def test_private_memory_and_own_cores_make_devices_apart() -> None:
 def test_a_stage_that_has_not_reported_makes_no_view() -> None:
     assert view_of([report("stage-0")], {"a": 1}) is None
     assert view_of([report("stage-0"), report("stage-1", domain="new")], {"a": 1}) is None, "no budget is known yet"
+
+
+def test_pipelines_of_one_node_share_its_memory() -> None:
+    first = view_of([report("stage-0"), report("stage-1")], {"a": 600})
+    second = view_of([report("p1-stage-0"), report("stage-0"), report("stage-1")], {"a": 400})
+    assert first is not None
+    assert second is not None
+    joined = join_views([first, second])
+    assert [device.memory_bytes for device in joined.devices] == [1000]
+    assert [device.memory_bytes for device in joined.split.devices] == [1000] * 4
+    assert (joined.split.num_pipelines, joined.split.boundaries) == (2, (2,))
+    assert (joined.num_waiting, joined.num_kv_tokens) == (4, 800)
+    assert join_views([first]) is first
 
 
 def test_nodes_are_named_only_where_there_is_a_choice() -> None:
