@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 
 from flexpipe_serve.engine.engine import Engine
@@ -93,7 +94,7 @@ class FleetRouting:
     def _load(self, engine: Engine) -> PipelineLoad:
         config = engine.loop.scheduler.config
         return PipelineLoad(
-            cost=engine.loop.costs.fit(),
+            cost=engine.loop.costs.fit(now=time.monotonic()),
             num_sequences=self._ledger.num_sequences(engine.number),
             num_pending_tokens=self._ledger.num_pending_tokens(engine.number),
             max_num_seqs=config.max_num_seqs,

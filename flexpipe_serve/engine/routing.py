@@ -29,7 +29,7 @@ class PipelineLoad:
     """A pipeline, and what it has to do."""
 
     cost: StepCost | None
-    """Of its steps; None: it has not made any."""
+    """Of its steps lately; None: not known."""
     num_sequences: int
     """That wait or run."""
     num_pending_tokens: int
@@ -65,7 +65,7 @@ def rank_pipelines(loads: Sequence[PipelineLoad], ask: Ask, *, num_cached_tokens
     """Indices of the pipelines, the one that should serve the request first.
 
     Those that are up come before others, and those that have room for all of its tokens before those that would cut it
-    short; then who finishes it sooner. A pipeline without steps is taken to be as quick as the quickest.
+    short; then who finishes it sooner. A pipeline of which nothing is known is taken to be as quick as the quickest.
 
     Args:
         num_cached_tokens: of the prompt, by pipeline.

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 _KEPT = 0.98
 """Of the weight of what was seen, at each further step: the last fifty steps count."""
+_LEAST_WEIGHT = 7.0
+"""The first steps say little: they warm caches up."""
+_FRESH_S = 5.0
+"""Without a step for so long nothing is known any more. Who was slow once would never be asked again otherwise."""
 
 
 @dataclass(frozen=True)
@@ -25,19 +29,23 @@ class StepCosts:
 
     def __init__(self) -> None:
         self._weight = self._n = self._nn = self._t = self._nt = 0.0
+        self._last_at = 0.0
 
-    def note(self, num_tokens: int, seconds: float) -> None:
+    def note(self, num_tokens: int, seconds: float, *, now: float) -> None:
         """A step is over."""
+        if now - self._last_at > _FRESH_S:
+            self._weight = self._n = self._nn = self._t = self._nt = 0.0
+        self._last_at = now
         self._weight = _KEPT * self._weight + 1
         self._n = _KEPT * self._n + num_tokens
         self._nn = _KEPT * self._nn + num_tokens * num_tokens
         self._t = _KEPT * self._t + seconds
         self._nt = _KEPT * self._nt + num_tokens * seconds
 
-    def fit(self) -> StepCost | None:
-        """None before the first step. Neither term is negative: of a line that falls, or begins below 0, the nearest
-        that does not."""
-        if not self._weight:
+    def fit(self, *, now: float) -> StepCost | None:
+        """None before the first few steps, and when the last one was long ago. Neither term is negative: of a line that
+        falls, or begins below 0, the nearest that does not."""
+        if self._weight < _LEAST_WEIGHT or now - self._last_at > _FRESH_S:
             return None
         mean_n, mean_t = self._n / self._weight, self._t / self._weight
         variance = self._nn / self._weight - mean_n**2

@@ -372,7 +372,7 @@ class StepLoop:
             self.holds.add(header.held_seconds)
             self.holds.num_tokens += len(tokens)
             updates = self.scheduler.complete(header.step, tokens, now=now)
-            self.costs.note(sent.num_tokens, step_seconds)
+            self.costs.note(sent.num_tokens, step_seconds, now=now)
             self._metrics.on_step(step_seconds, header.stage_seconds, num_tokens=len(tokens))
             self._metrics.on_tokens(updates, now=now)
             for update in updates:

@@ -54,9 +54,9 @@ asks = st.builds(
 )  # fmt: skip
 def test_costs_are_the_line_that_steps_lie_on(step_s: float, token_s: float, counts: list[int]) -> None:
     costs = StepCosts()
-    for count in counts:
-        costs.note(count, step_s + count * token_s)
-    cost = costs.fit()
+    for count in counts * 5:
+        costs.note(count, step_s + count * token_s, now=1.0)
+    cost = costs.fit(now=2.0)
     assert cost is not None
     for count in counts:
         assert cost.seconds(count) == pytest.approx(step_s + count * token_s, rel=1e-3)
@@ -65,10 +65,9 @@ def test_costs_are_the_line_that_steps_lie_on(step_s: float, token_s: float, cou
 @given(st.lists(st.tuples(st.integers(1, 512), st.floats(0, 10)), min_size=1, max_size=30))
 def test_costs_are_never_negative_and_keep_the_mean(steps: list[tuple[int, float]]) -> None:
     costs = StepCosts()
-    assert costs.fit() is None
-    for count, seconds in steps:
-        costs.note(count, seconds)
-    cost = costs.fit()
+    for count, seconds in steps * 9:
+        costs.note(count, seconds, now=1.0)
+    cost = costs.fit(now=1.0)
     assert cost is not None
     assert cost.step_s >= 0
     assert cost.token_s >= 0
@@ -80,10 +79,23 @@ def test_costs_follow_a_pipeline_that_changes() -> None:
     costs = StepCosts()
     for seconds in (0.1, 0.02):
         for _ in range(200):
-            costs.note(4, seconds)
-    cost = costs.fit()
+            costs.note(4, seconds, now=1.0)
+    cost = costs.fit(now=1.0)
     assert cost is not None
     assert cost.seconds(4) == pytest.approx(0.02, rel=0.1)
+
+
+def test_little_is_known_at_first_and_nothing_after_a_while() -> None:
+    costs = StepCosts()
+    for number in range(7):
+        costs.note(4, 3.0, now=number)
+        assert costs.fit(now=number) is None
+    costs.note(4, 3.0, now=7.0)
+    assert costs.fit(now=12.0) == StepCost(pytest.approx(3.0), 0.0)
+    assert costs.fit(now=12.1) is None
+    for number in range(8):
+        costs.note(4, 0.1, now=13.0 + number)
+    assert costs.fit(now=20.0) == StepCost(pytest.approx(0.1), 0.0)
 
 
 # ---------------------------------------------------------------------- prediction
