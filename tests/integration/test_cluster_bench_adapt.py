@@ -1,6 +1,7 @@
 """``flexpipe bench adapt`` with a real server of its own."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.usefixtures("demo_model")
-def test_bench_adapt(tmp_path: Path) -> None:
+def test_bench_adapt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)  # what the Ray of other tests left in this process is not for the server
     out = tmp_path / "out.json"
     code = main(
         ["bench", "adapt", "--config", str(CONFIG), "--trace", "gamma:2", "--stages", "1,2", "--policies", "",

@@ -94,8 +94,9 @@ def test_the_configuration_says_how_many_and_a_new_router_adopts_them(
     assert len(set(pids)) == 4
     text = served.complete("The capital of France is", num_tokens=20)
     router = wait_until(served.replica, timeout_s=30, what="the replica")
-    psutil.Process(router["pid"]).kill()
-    psutil.Process(router["pid"]).wait(10)
+    process = psutil.Process(router["pid"])
+    process.kill()
+    process.wait(10)
 
     def answer() -> str | None:
         try:

@@ -5,6 +5,7 @@ Batches differ from run to run here; the native kernels compute every row by its
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from pathlib import Path
@@ -25,8 +26,8 @@ pytestmark = [
     pytest.mark.skipif(native_library() is None, reason="needs kernels that compute every row by itself"),
 ]
 NUM_LAYERS = 6
-NUM_REFACTORINGS = 100
-"""With each kind of domain."""
+NUM_REFACTORINGS = int(os.environ.get("FLEXPIPE_NUM_REFACTORINGS", "50"))
+"""With each kind of domain; more for a soak: FLEXPIPE_NUM_REFACTORINGS=100."""
 NUM_REQUESTS = 32
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fake_drains import FakeDrains
+from fake_planner import FakePlanner
 from fake_refactorings import FakeRefactorings
 from fake_scaling import FakeScaling
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -47,7 +48,7 @@ class FakeTokenizer:
         return self.encode(text + "<|turn|>assistant\n" if kwargs.get("add_generation_prompt") else text)
 
 
-class FakeEngine(FakeRefactorings, FakeDrains, FakeScaling):
+class FakeEngine(FakeRefactorings, FakeDrains, FakeScaling, FakePlanner):
     """Replies ``reply``, token by token; a sampled sequence begins ``seed + index`` tokens later in it.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -339,10 +339,10 @@ def test_a_prepare_without_memory_for_its_kv(h: Harness, expected: list, monkeyp
     before, files = held(h), h.segment_files()
     commit = SharedSegment._commit
 
-    def refuse(self: SharedSegment, num_blocks: int) -> None:
+    def refuse(self: SharedSegment, num_blocks: int, between: Callable[[], None]) -> None:
         if "layer-3" in self.path.name:
             raise KVMemoryError("full")
-        commit(self, num_blocks)
+        commit(self, num_blocks, between)
 
     monkeypatch.setattr(SharedSegment, "_commit", refuse)
     stage = h.stages["stage-0"]
