@@ -25,6 +25,7 @@ from flexpipe_serve.refactor.record import MAX_REASON_CHARS, RefactorRecord, Ref
 
 logger = logging.getLogger(__name__)
 _MAX_DECISIONS = 1000
+_STOP_S = 2.0
 _MakePolicy = Callable[[Literal["gated", "flexpipe"], PlannerWeights], Policy]
 
 
@@ -102,7 +103,7 @@ class PlannerService:
         self._stopping.set()
         self._wake.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_STOP_S)  # a change that it waits for is ended by whoever stops the pipelines
 
     def configure(self, config: PlannerConfig) -> None:
         """Take a new configuration. What has been seen is forgotten only by those whose own knobs changed."""

@@ -79,7 +79,7 @@ class _Pace:
         """The same, or raise _StarvedError when the thread hardly gets on while it works."""
         self.rest()
         if self._working > _PATIENCE_S and self._worked < _STARVING_SHARE * self._working:
-            self._last = None
+            self._last, self._spare = None, _SpareCores()  # it goes on in another thread, with a clock of its own
             raise _StarvedError
 
 
