@@ -29,24 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli_plan.add_command(commands)
     cli_profile.add_command(commands)
     bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
-    load = bench.add_parser("serve", help="load on one or several OpenAI endpoints")
-    bench_serve.add_arguments(load)
-    load.set_defaults(run=bench_serve.main)
-    refactor = bench.add_parser("refactor", help="what a change of the pipeline costs the streams that are running")
-    bench_refactor.add_arguments(refactor)
-    refactor.set_defaults(run=bench_refactor.main)
-    resize = bench.add_parser("resize", help="what it is worth that KV capacity follows the layout")
-    bench_resize.add_arguments(resize)
-    resize.set_defaults(run=bench_resize.main)
-    adapt = bench.add_parser("adapt", help="what it is worth to change the pipeline with the load")
-    bench_adapt.add_arguments(adapt)
-    adapt.set_defaults(run=bench_adapt.main)
-    model = bench.add_parser("model", help="how far the planner's latency model is from the real server")
-    bench_model.add_arguments(model)
-    model.set_defaults(run=bench_model.main)
-    mix_shift = bench.add_parser("mix-shift", help="the same on unequal stages, when the kind of request changes")
-    bench_mix_shift.add_arguments(mix_shift)
-    mix_shift.set_defaults(run=bench_mix_shift.main)
+    for name, module, about in (
+        ("serve", bench_serve, "load on one or several OpenAI endpoints"),
+        ("refactor", bench_refactor, "what a change of the pipeline costs the streams that are running"),
+        ("resize", bench_resize, "what it is worth that KV capacity follows the layout"),
+        ("adapt", bench_adapt, "what it is worth to change the pipeline with the load"),
+        ("mix-shift", bench_mix_shift, "the same on unequal stages, when the kind of request changes"),
+        ("model", bench_model, "how far the planner's latency model is from the real server"),
+    ):
+        command = bench.add_parser(name, help=about)
+        module.add_arguments(command)
+        command.set_defaults(run=module.main)
     args = parser.parse_args(argv)
     status: int = args.run(args)
     return status

@@ -22,8 +22,6 @@ what stages compute with: stages that share a node's cores are one device (see s
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -42,14 +40,14 @@ from flexpipe_serve.bench.adapt_server import (
 )
 from flexpipe_serve.bench.adapt_trace import LONGEST, TraceSpec, WorkloadFacts, make_workload
 from flexpipe_serve.bench.arrivals import Arrival
+from flexpipe_serve.bench.experiment import run_experiment
 from flexpipe_serve.bench.prompts import PromptBuilder
 from flexpipe_serve.bench.refactor_report import is_tie
 from flexpipe_serve.bench.report import machine
 from flexpipe_serve.bench.serve import positive_int
-from flexpipe_serve.errors import ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError
+from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.model.demo import ensure_demo
 from flexpipe_serve.pipeline.layout import even_boundaries
-from flexpipe_serve.private_cluster import interruptible
 
 POLICIES = ("flexpipe", "gated")
 _CALIBRATION = 3
@@ -99,19 +97,7 @@ def main(args: argparse.Namespace) -> int:
         0; 1 if a request was lost, or answered otherwise than in the first run without a tie; 2 if it cannot be
         measured. A verdict that goes against a policy is a finding and no failure.
     """
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 200  # a log file need not fold tables to 80 columns
-    try:
-        bench = _Bench(args, console)
-        with interruptible():
-            with contextlib.suppress(KeyboardInterrupt):
-                asyncio.run(bench.run())
-            bench.write()
-        return int(not bench.is_good)
-    except (ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}")
-        return 2
+    return run_experiment(_Bench, args)
 
 
 class _Bench:
@@ -224,7 +210,7 @@ class _Bench:
             seed=args.seed,
         )  # fmt: skip
 
-    def write(self) -> None:
+    def report(self) -> None:
         """JSON and pictures of what was measured."""
         args, results = self._args, [result for result in self._results if result.runs]
         if args.json is not None and results:

@@ -23,8 +23,6 @@ variant's. Requests of the first --lead-in seconds do not count.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import json
 import os
 
@@ -43,6 +41,7 @@ from flexpipe_serve.bench.adapt_server import (
 )
 from flexpipe_serve.bench.adapt_trace import WorkloadFacts
 from flexpipe_serve.bench.arrivals import Arrival
+from flexpipe_serve.bench.experiment import run_experiment
 from flexpipe_serve.bench.mix_shift_plan import BALANCED, Mix, SweepPoint, best_boundary, shifting_arrivals
 from flexpipe_serve.bench.mix_shift_report import render, sweep_table, to_json
 from flexpipe_serve.bench.prompts import PromptBuilder
@@ -52,9 +51,8 @@ from flexpipe_serve.bench.resize_plan import ResizePlan, plan_resize
 from flexpipe_serve.bench.resize_run import calibrate
 from flexpipe_serve.bench.serve import positive_int
 from flexpipe_serve.bench.server import adapt_config, default_log, read_config
-from flexpipe_serve.errors import ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError
+from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.model.demo import ensure_demo
-from flexpipe_serve.private_cluster import interruptible
 
 _LOOK_AT = 8
 """Requests of each kind, at once, while memory is looked at."""
@@ -101,19 +99,7 @@ def main(args: argparse.Namespace) -> int:
         0; 1 if a request was lost, or answered otherwise than in the first run without a tie; 2 if it cannot be
         measured.
     """
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 200
-    try:
-        experiment = _Experiment(args, console)
-        with interruptible():
-            with contextlib.suppress(KeyboardInterrupt):
-                asyncio.run(experiment.run())
-            experiment.write()
-        return int(not experiment.is_good)
-    except (ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}")
-        return 2
+    return run_experiment(_Experiment, args)
 
 
 class _Experiment:
@@ -259,7 +245,7 @@ class _Experiment:
         result.differences = await compare_answers(result.runs, session, workload, prompts)
         self._console.print(render(result, shift_s=args.lead_in + half_s))
 
-    def write(self) -> None:
+    def report(self) -> None:
         """JSON and picture of what was measured."""
         args, result = self._args, self._result
         if args.json is not None and self._points:

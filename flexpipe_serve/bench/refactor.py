@@ -11,7 +11,6 @@ one before.
 """
 
 import argparse
-import asyncio
 import contextlib
 import json
 import secrets
@@ -27,6 +26,7 @@ from rich.table import Table
 
 from flexpipe_serve.async_handle import AsyncHandle
 from flexpipe_serve.bench.client import Target
+from flexpipe_serve.bench.experiment import run_experiment
 from flexpipe_serve.bench.leaks import Holdings, compare, find_leaks, look
 from flexpipe_serve.bench.memory import Sample
 from flexpipe_serve.bench.prompts import PromptBuilder
@@ -37,7 +37,6 @@ from flexpipe_serve.bench.server import adapt_config, default_log, read_config, 
 from flexpipe_serve.bench.tour import KINDS, Step, random_steps, tour
 from flexpipe_serve.errors import ConfigError, EngineUnavailableError, InvalidRequestError
 from flexpipe_serve.model.demo import ensure_demo
-from flexpipe_serve.private_cluster import interruptible
 from flexpipe_serve.refactor.record import Mode
 from flexpipe_serve.transport import HttpTransport
 
@@ -110,20 +109,7 @@ def main(args: argparse.Namespace) -> int:
         0; 1 if a refactoring did not end well, something was lost or leaked, or a stream differed where there was no
         tie; 2 if it cannot be measured.
     """
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 160  # a log file need not fold tables to 80 columns
-    try:
-        bench = _Bench(args, console)
-        with interruptible():
-            with contextlib.suppress(KeyboardInterrupt):
-                asyncio.run(bench.run())
-            if bench.sections:
-                bench.report()
-        return int(not bench.is_good)
-    except ConfigError as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}")
-        return 2
+    return run_experiment(_Bench, args)
 
 
 class _Bench:
@@ -227,6 +213,8 @@ class _Bench:
     def report(self) -> None:
         """Tables, JSON and picture of what was measured."""
         args, console = self._args, self._console
+        if not self.sections:
+            return
         console.print(render(self.sections, self._samples))
         for domain, holdings in self._holdings.items():
             console.print(_leak_table(domain, *holdings))

@@ -22,26 +22,23 @@ How the numbers are chosen, so that this means something on any machine:
 """
 
 import argparse
-import asyncio
-import contextlib
 import json
 import secrets
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 
 from flexpipe_serve.bench.arrivals import Arrival
+from flexpipe_serve.bench.experiment import run_experiment
 from flexpipe_serve.bench.prompts import PromptBuilder
 from flexpipe_serve.bench.resize_plan import ResizePlan, plan_resize, stepped_arrivals
 from flexpipe_serve.bench.resize_report import render, save_picture, to_json
 from flexpipe_serve.bench.resize_run import Calibration, ResizeRun, calibrate, run_once
 from flexpipe_serve.bench.serve import positive_int
 from flexpipe_serve.bench.server import adapt_config, default_log, read_config
-from flexpipe_serve.errors import ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError
+from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.model.demo import ensure_demo
-from flexpipe_serve.private_cluster import interruptible
 
 _LOW_SHARE, _HIGH_SHARE = 0.5, 0.85
 
@@ -87,19 +84,7 @@ def main(args: argparse.Namespace) -> int:
     Returns:
         0; 1 if a request or a refactoring failed; 2 if it cannot be measured.
     """
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 120
-    try:
-        experiment = _Experiment(args, console)
-        with interruptible():
-            with contextlib.suppress(KeyboardInterrupt):
-                asyncio.run(experiment.run())
-            experiment.report()
-        return int(not experiment.is_good)
-    except (ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}")
-        return 2
+    return run_experiment(_Experiment, args)
 
 
 class _Experiment:

@@ -14,7 +14,7 @@ from test_bench_arrivals import write_tokenizer
 from test_bench_serve import FakeServer
 from test_bench_windows import record
 
-from flexpipe_serve.bench import refactor
+from flexpipe_serve.bench import experiment, refactor
 from flexpipe_serve.bench.leaks import Holdings, find_leaks
 from flexpipe_serve.bench.load import StreamRecord
 from flexpipe_serve.bench.refactor_report import summary_rows
@@ -133,7 +133,7 @@ def bench(tmp_path: Path, fake: FakePipeline, monkeypatch: pytest.MonkeyPatch):
         with contextlib.suppress(FileNotFoundError):
             out.unlink()
         # Signals can be handled in the main thread only.
-        monkeypatch.setattr(refactor, "interruptible", contextlib.nullcontext)
+        monkeypatch.setattr(experiment, "interruptible", contextlib.nullcontext)
         return asyncio.run(serve_and_run()), json.loads(out.read_text())
 
     return run
