@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from served import clean_environment
+from programs import run_program
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-HERE = Path(__file__).parent
 
 
 def test_layers_move_between_nodes_and_no_bit_differs(six_layers: Path) -> None:
-    program = [sys.executable, str(HERE / "several_nodes.py"), str(six_layers)]
-    paths = os.pathsep.join(map(str, (HERE, HERE.parent / "unit")))
-    done = subprocess.run(
-        program,
-        env=clean_environment() | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    *lines, last = done.stdout.splitlines()
+    lines = run_program("several_nodes.py", six_layers, timeout_s=120)
+    *lines, last = lines
     assert last == "same"
     shift, split, merge = map(json.loads, lines)
     assert [(record["outcome"], record["error"]) for record in (shift, split, merge)] == [("done", None)] * 3

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from served import clean_environment
+from programs import run_program
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-HERE = Path(__file__).parent
 
 
 def test_stages_stay_in_a_rack_and_a_further_pipeline_goes_where_nobody_is(six_layers: Path) -> None:
-    program = [sys.executable, str(HERE / "placed_nodes.py"), str(six_layers)]
-    paths = os.pathsep.join(map(str, (HERE, HERE.parent / "unit")))
-    done = subprocess.run(
-        program,
-        env=clean_environment() | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
+    lines = run_program("placed_nodes.py", six_layers, timeout_s=150)
+    answer = json.loads(lines[-1])
     (first,) = answer["started"]
     assert sorted(first) == ["here", "near"], "two nodes of one rack"
     assert answer["scaled"] == [first, ["far"]], "the node that nobody uses"
