@@ -200,7 +200,9 @@ class PlannerConfig(_Strict):
     """When the server changes its own pipeline."""
 
     mode: Literal["off", "observe", "on"] = Field(
-        "off", description="'observe' records what 'on' would do. GET /flexpipe/plan answers in every mode."
+        "off",
+        description="'observe' records what 'on' would do. GET /flexpipe/plan answers in every mode. Switched on, the"
+        " planner goes by what it sees from then on.",
     )
     policy: Literal["gated", "flexpipe"] = Field(
         "gated",

@@ -106,11 +106,17 @@ class PlannerService:
             self._thread.join(_STOP_S)  # a change that it waits for is ended by whoever stops the pipelines
 
     def configure(self, config: PlannerConfig) -> None:
-        """Take a new configuration. What has been seen is forgotten only by those whose own knobs changed."""
+        """Take a new configuration. Switched on, the planner starts with nothing seen; otherwise what has been seen is
+        forgotten only by those whose own knobs changed."""
         with self._deciding:
-            if (config.policy, _weights(config)) != (self._config.policy, _weights(self._config)):
+            is_switched_on = self._config.mode == "off" != config.mode
+            if is_switched_on:
+                with self._watching:
+                    self._monitor = DemandMonitor()
+                self._last_change_at = self._refactoring_id = None
+            if is_switched_on or (config.policy, _weights(config)) != (self._config.policy, _weights(self._config)):
                 self._policy = self._make_policy(config.policy, _weights(config))
-            if _elasticity(config) != _elasticity(self._config):
+            if is_switched_on or _elasticity(config) != _elasticity(self._config):
                 self._give_back = _give_back(config)
             self._config = config
         self._wake.set()

@@ -185,6 +185,22 @@ def test_demand_reaches_the_policy(bench: Bench) -> None:
     assert state.migration_bytes_per_s == 1e6
 
 
+def test_switched_on_it_starts_with_nothing_seen(bench: Bench) -> None:
+    bench.service.on_arrival(num_prompt_tokens=40)
+    bench.service.configure(PlannerConfig(mode="on", interval_s=0.1))
+    assert bench.pipelines.asked.wait(WAIT_S)
+    bench.service.on_arrival(num_prompt_tokens=40)
+    bench.service.configure(PlannerConfig(mode="observe", interval_s=0.1))  # it is on already
+    bench.service.plan()
+    seen = bench.policy.states[-1]
+    bench.service.configure(PlannerConfig())
+    bench.service.configure(PlannerConfig(mode="observe"))
+    bench.service.plan()
+    anew = bench.policy.states[-1]
+    assert (seen.demand.num_arrived, anew.demand.num_arrived) == (1, 0)
+    assert anew.last_change_at is None
+
+
 def test_a_refusal_is_an_event_and_starts_the_cool_down(bench: Bench) -> None:
     bench.pipelines.refuses = True
     bench.service.configure(PlannerConfig(mode="on", interval_s=0.1))
