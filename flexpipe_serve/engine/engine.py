@@ -35,6 +35,7 @@ from flexpipe_serve.pipeline.stage_types import StageReport
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
 from flexpipe_serve.placement.placements import Placements
 from flexpipe_serve.placement.topology import Topology, devices_for_planner
+from flexpipe_serve.planner.types import SchedulerLimits
 from flexpipe_serve.refactor.commands import Finish
 from flexpipe_serve.refactor.drainer import Drainer
 from flexpipe_serve.refactor.feasibility import ModelWeights
@@ -220,6 +221,7 @@ class Engine:
         if layout is None or not self.is_up:
             return None
         topology = self._drainer.topology()
+        config = self._loop.scheduler.config
         return make_view(
             layout=layout,
             reports=self._reports,
@@ -227,6 +229,9 @@ class Engine:
             stats=self._loop.scheduler.stats(),
             block_size=self._block_size,
             is_changing=self.is_refactoring,
+            limits=SchedulerLimits(
+                max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+            ),
             usable=() if topology is None else devices_for_planner(self._placer.in_order(topology)),
         )
 

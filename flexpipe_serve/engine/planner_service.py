@@ -199,6 +199,7 @@ class PlannerService:
             num_kv_tokens_in_use=view.num_kv_tokens_in_use,
             mean_latency_s=mean_latency_s,
             migration_bytes_per_s=self.max_bytes_per_s,
+            limits=view.limits,
         )
         started = time.perf_counter()
         decision = policy.decide(profile, state)

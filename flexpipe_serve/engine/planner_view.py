@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
 from flexpipe_serve.engine.scheduler_config import SchedulerStats
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.stage_types import StageReport
-from flexpipe_serve.planner.types import Split, StageDevice
+from flexpipe_serve.planner.types import SchedulerLimits, Split, StageDevice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class PipelineView:
     num_prefix_hit_tokens: int
     is_changing: bool
     """A refactoring runs: nothing is to be decided."""
+    limits: SchedulerLimits = field(default_factory=SchedulerLimits)
+    """Of each pipeline."""
 
 
 def device_of(report: StageReport, *, memory_bytes: int) -> StageDevice:
@@ -92,6 +94,7 @@ def join_views(views: Sequence[PipelineView]) -> PipelineView:
         num_prompt_tokens=sum(view.num_prompt_tokens for view in views),
         num_prefix_hit_tokens=sum(view.num_prefix_hit_tokens for view in views),
         is_changing=any(view.is_changing for view in views),
+        limits=views[0].limits,
     )
 
 
@@ -113,6 +116,7 @@ def make_view(
     stats: SchedulerStats,
     block_size: int,
     is_changing: bool,
+    limits: SchedulerLimits,
     usable: Iterable[StageDevice] = (),
 ) -> PipelineView | None:
     """The view of a pipeline.
@@ -150,4 +154,5 @@ def make_view(
         num_prompt_tokens=stats.num_prompt_tokens,
         num_prefix_hit_tokens=stats.num_prefix_hit_tokens,
         is_changing=is_changing,
+        limits=limits,
     )

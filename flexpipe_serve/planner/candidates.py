@@ -11,10 +11,16 @@ from flexpipe_serve.planner.latency import SplitModel
 from flexpipe_serve.planner.memory import pipelines_of
 from flexpipe_serve.planner.partition import best_boundaries
 from flexpipe_serve.planner.profile import ModelProfile, StepShape
-from flexpipe_serve.planner.request_times import MAX_NUM_SEQS
 from flexpipe_serve.planner.step_times import StepTimes
 from flexpipe_serve.planner.transition import Transition
-from flexpipe_serve.planner.types import Demand, PlannerState, PlannerWeights, Split, StageDevice
+from flexpipe_serve.planner.types import (
+    Demand,
+    PlannerState,
+    PlannerWeights,
+    SchedulerLimits,
+    Split,
+    StageDevice,
+)
 
 _FINE = 8
 """More stages than this are looked at with one choice of devices and in wide steps."""
@@ -30,9 +36,9 @@ _SLACK = 0.02
 class Candidate:
     """A split with what is known of it."""
 
-    def __init__(self, profile: ModelProfile, split: Split, *, present: Split) -> None:
+    def __init__(self, profile: ModelProfile, split: Split, *, present: Split, limits: SchedulerLimits) -> None:
         self.split = split
-        self.steps = StepTimes(profile, split)
+        self.steps = StepTimes(profile, split, limits)
         self.transition = Transition(profile, present, split)
         """From the present split."""
         self._model: SplitModel | None = None
@@ -75,7 +81,7 @@ class CandidateMaker:
         if self._made_for is None or not is_same_place(*self._made_for, profile, state):
             self._made_for = (profile, state)
             self._needs = None
-            self._candidates = [Candidate(profile, state.current, present=state.current)]
+            self._candidates = [Candidate(profile, state.current, present=state.current, limits=state.limits)]
         present = self._candidates[0].under(demand)
         shape = present.mean_shape()
         num_needed = max(1.0, demand.num_running + demand.num_waiting, present.num_present)
@@ -89,7 +95,9 @@ class CandidateMaker:
         if self._needs is None or not needs.is_close(self._needs):
             self._needs = needs
             splits = self._splits(profile, state, demand, shape, int(num_kv_tokens))
-            self._candidates[1:] = [Candidate(profile, split, present=state.current) for split in splits]
+            self._candidates[1:] = [
+                Candidate(profile, split, present=state.current, limits=state.limits) for split in splits
+            ]
         return self._candidates
 
     def _splits(
@@ -98,7 +106,7 @@ class CandidateMaker:
         found = {split_key(state.current)}
         splits = []
         least = int(demand.prompt_tokens + demand.output_tokens) + 1
-        levels = (least, max(least, num_kv_tokens), MAX_NUM_SEQS * least)
+        levels = (least, max(least, num_kv_tokens), state.limits.max_num_seqs * least)
         for groups in device_choices(state, self._weights):
             slowest = max(groups, key=lambda devices: sum(1 / device.speed for device in devices))
             for boundaries in _cuts(profile, slowest, shape, levels):
@@ -117,6 +125,7 @@ def is_same_place(old_profile: ModelProfile, old: PlannerState, profile: ModelPr
     """Whether the same splits are to be had as before, and from the same one; memory may have changed a little."""
     return (
         old_profile == profile
+        and old.limits == new.limits
         and split_key(old.current) == split_key(new.current)
         and len(old.devices) == len(new.devices)
         and all(a == b or _is_alike(a, b) for a, b in zip(old.devices, new.devices, strict=True))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from flexpipe_serve.planner.latency import SplitModel
 from flexpipe_serve.planner.profile import StepShape
-from flexpipe_serve.planner.request_times import TOKEN_BUDGET, num_places
+from flexpipe_serve.planner.request_times import num_places
 from flexpipe_serve.planner.transition import Transition
 from flexpipe_serve.planner.types import Demand, PlannerState
 
@@ -40,22 +40,26 @@ def transition_cost(
         present: the split that serves meanwhile.
         latency_s: what a request takes there.
     """
-    profile = present.steps.profile
+    profile, limits = present.steps.profile, present.steps.limits
     num_running = demand.rate * latency_s
     busy_share = 1 - (1 - _BUSY_SHARE) * min(1.0, num_running)
     copied_bytes = transition.num_copied_layers * profile.kv_bytes_per_token * state.num_kv_tokens_in_use
     fixed_s = (_START_S if transition.num_started else 0.0) + copied_bytes / state.migration_bytes_per_s
     duration_s = fixed_s + max(transition.load_s, transition.busy_load_s / busy_share)
     extra_s = SLOWDOWN * latency_s
-    if duration_s > 0 and num_places(demand, transition.num_kv_tokens) < present.num_places:
+    if (
+        duration_s > 0
+        and num_places(demand, transition.num_kv_tokens, max_num_seqs=limits.max_num_seqs) < present.num_places
+    ):
         shrunk = SplitModel(present.steps, demand, max_kv_tokens=transition.num_kv_tokens)
         longer_s = shrunk.latency_over(duration_s) - present.latency_over(duration_s)
         extra_s += min(max(0.0, longer_s), duration_s)
     cost_s = demand.rate * duration_s * extra_s
     if transition.share_replayed:
-        num_chunks = transition.share_replayed * state.num_kv_tokens_in_use / TOKEN_BUDGET
+        num_tokens = limits.max_num_batched_tokens
+        num_chunks = transition.share_replayed * state.num_kv_tokens_in_use / num_tokens
         chunk = StepShape(
-            num_tokens=TOKEN_BUDGET, num_samples=1, num_pairs=TOKEN_BUDGET * (demand.prompt_tokens + TOKEN_BUDGET) / 2
+            num_tokens=num_tokens, num_samples=1, num_pairs=num_tokens * (demand.prompt_tokens + num_tokens) / 2
         )
         pass_s, _ = present.steps.at(chunk)
         # They wait for each other: half of all chunks, on average.

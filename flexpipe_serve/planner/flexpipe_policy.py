@@ -105,7 +105,7 @@ class FlexPipePolicy:
                     num_pipelines=len(groups),
                 )
                 splits.setdefault(_granularity(split), split)
-        return [Candidate(profile, split, present=state.current) for split in splits.values()]
+        return [Candidate(profile, split, present=state.current, limits=state.limits) for split in splits.values()]
 
     def _score(self, state: PlannerState) -> list[CandidateScore]:
         demand = with_round_lengths(state.demand)

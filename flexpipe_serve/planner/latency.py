@@ -11,7 +11,7 @@ import math
 from flexpipe_serve.planner.profile import ModelProfile, StepShape
 from flexpipe_serve.planner.request_times import RequestTimes, Times
 from flexpipe_serve.planner.step_times import StepTimes
-from flexpipe_serve.planner.types import Demand, Prediction, Split
+from flexpipe_serve.planner.types import Demand, Prediction, SchedulerLimits, Split
 
 
 class SplitModel:
@@ -177,6 +177,8 @@ def _lengths(demand: Demand) -> tuple[float, float, float]:
     return demand.prompt_tokens, demand.output_tokens, demand.prefix_hit_share
 
 
-def predict(profile: ModelProfile, split: Split, demand: Demand) -> Prediction:
+def predict(
+    profile: ModelProfile, split: Split, demand: Demand, *, limits: SchedulerLimits | None = None
+) -> Prediction:
     """What ``split`` does under ``demand``, in the long run; times are infinite from its capacity on."""
-    return SplitModel(StepTimes(profile, split), demand).predict()
+    return SplitModel(StepTimes(profile, split, limits or SchedulerLimits()), demand).predict()

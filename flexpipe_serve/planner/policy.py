@@ -161,6 +161,6 @@ class GatedPolicy:
             return
         if self._present is not None and split_key(self._present) != split_key(state.current):
             self._better_since.clear()
-            before = SplitModel(StepTimes(profile, self._present), demand)
+            before = SplitModel(StepTimes(profile, self._present, state.limits), demand)
             self._gate.note_change(grew=present.under(demand).max_rate > before.max_rate)
         self._present = state.current

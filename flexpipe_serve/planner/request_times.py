@@ -10,11 +10,7 @@ from flexpipe_serve.planner.profile import StepShape
 from flexpipe_serve.planner.step_times import StepTimes
 from flexpipe_serve.planner.types import Demand
 
-MAX_NUM_SEQS = 64
-"""The scheduler's ``max_num_seqs``."""
-TOKEN_BUDGET = 512
-"""The scheduler's ``max_num_batched_tokens``."""
-_BATCHES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_BATCHES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 """Sequences present at which times are worked out, beside all places; between them times are linear."""
 
 
@@ -52,8 +48,9 @@ class RequestTimes:
         # At least the last token of a prompt is computed.
         self._new_tokens = max(1.0, self._prompt_tokens - hit_tokens)
         self._num_pairs = (self._prompt_tokens**2 - hit_tokens**2) / 2
-        self._num_chunks = max(1.0, self._new_tokens / TOKEN_BUDGET)
-        self.num_places = num_places(demand, num_kv_tokens)
+        self._token_budget = float(steps.limits.max_num_batched_tokens)
+        self._num_chunks = max(1.0, self._new_tokens / self._token_budget)
+        self.num_places = num_places(demand, num_kv_tokens, max_num_seqs=steps.limits.max_num_seqs)
         self.batches = (*(batch for batch in _BATCHES if batch < self.num_places), self.num_places)
         self._known: dict[int, Times] = {}
 
@@ -87,7 +84,7 @@ class RequestTimes:
         # A request's own chunks make its own prefill longer, not its tokens.
         chunks *= (num_seqs - 1) / num_seqs
         # What the token budget leaves out of a step comes in further ones.
-        num_fitting = max(1.0, (TOKEN_BUDGET - rows) * self._num_chunks / self._new_tokens)
+        num_fitting = max(1.0, (self._token_budget - rows) * self._num_chunks / self._new_tokens)
         most = _most_chunks(chunks, num_fitting, depth)
         if most <= 1:
             interval_s = plain_s + most * (chunk_s - plain_s)
@@ -120,12 +117,12 @@ class RequestTimes:
         )
 
 
-def num_places(demand: Demand, num_kv_tokens: int) -> float:
+def num_places(demand: Demand, num_kv_tokens: int, *, max_num_seqs: int) -> float:
     """Sequences that can be there at once, half through their output on average; 0 where not even one fits."""
     prompt_tokens, output_tokens = max(1.0, demand.prompt_tokens), max(1.0, demand.output_tokens)
     if num_kv_tokens < prompt_tokens + output_tokens:
         return 0.0
-    return min(float(MAX_NUM_SEQS), num_kv_tokens / (prompt_tokens + output_tokens / 2))
+    return min(float(max_num_seqs), num_kv_tokens / (prompt_tokens + output_tokens / 2))
 
 
 def _most_chunks(chunks: float, num_fitting: float, depth: float) -> float:

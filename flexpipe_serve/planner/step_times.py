@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from flexpipe_serve.planner.memory import num_kv_tokens, pipelines_of, slices_of
 from flexpipe_serve.planner.profile import ModelProfile, StepShape
-from flexpipe_serve.planner.types import Split
+from flexpipe_serve.planner.types import SchedulerLimits, Split
+
+_DEFAULT_LIMITS = SchedulerLimits()
 
 
 class _Work(NamedTuple):
@@ -29,14 +31,18 @@ class StepTimes:
     """Times of steps on one of a split's pipelines, on the slowest where they differ; and the KV that it has room for.
 
     Where several pipelines have stages on one compute, each gets its share of it.
+
+    Args:
+        limits: of what a step holds.
     """
 
     depth: int
     """Steps in flight: as many as computes."""
 
-    def __init__(self, profile: ModelProfile, split: Split) -> None:
+    def __init__(self, profile: ModelProfile, split: Split, limits: SchedulerLimits = _DEFAULT_LIMITS) -> None:
         self.profile = profile
         self.split = split
+        self.limits = limits
         self.num_kv_tokens = num_kv_tokens(profile, split)
         slices = slices_of(split.boundaries, profile.num_layers)
         pipelines = pipelines_of(split)

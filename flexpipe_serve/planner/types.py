@@ -81,6 +81,15 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """Capacity."""
 
 
+class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Of each pipeline's scheduler; the defaults are the server's."""
+
+    max_num_seqs: int = 64
+    """Sequences that hold KV at the same time."""
+    max_num_batched_tokens: int = 512
+    """Tokens of one step."""
+
+
 class Verdict(StrEnum):
     STAY = "stay"
     MOVE = "move"
@@ -161,3 +170,4 @@ class PlannerState(msgspec.Struct, frozen=True, kw_only=True):
     mean_latency_s: float | None = None
     """Measured lately; corrects predictions."""
     migration_bytes_per_s: float = 4e7
+    limits: SchedulerLimits = SchedulerLimits()

@@ -19,7 +19,7 @@ from flexpipe_serve.planner.demand import DemandMonitor, trigger_of
 from flexpipe_serve.planner.memory import num_kv_tokens, pipelines_of
 from flexpipe_serve.planner.policy import Policy
 from flexpipe_serve.planner.profile import ModelProfile
-from flexpipe_serve.planner.types import Decision, PlannerState, Split, StageDevice, Verdict
+from flexpipe_serve.planner.types import Decision, PlannerState, SchedulerLimits, Split, StageDevice, Verdict
 from flexpipe_serve.simulate.events import EventQueue, Server
 from flexpipe_serve.simulate.pipeline import BLOCK_SIZE, Route, SimulatedPipeline
 from flexpipe_serve.simulate.refactoring import RefactoringTimes, SimulatedRefactoring
@@ -32,8 +32,7 @@ _NO_LIMIT = 1 << 40
 class SimulationConfig:
     """Of the simulated server; the defaults are the real one's."""
 
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    limits: SchedulerLimits = field(default_factory=SchedulerLimits)
     interval_s: float = 1.0
     """Between decisions."""
     horizon_s: float = 60.0
@@ -246,6 +245,7 @@ class Simulation:
             num_kv_tokens_in_use=sum(s.num_used_blocks for s in stats) * BLOCK_SIZE,
             mean_latency_s=self._monitor.mean_latency_s(now),
             migration_bytes_per_s=self._config.times.migration_bytes_per_s,
+            limits=self._config.limits,
         )
 
     def _refactor(self, new: Split) -> None:
@@ -321,8 +321,8 @@ class Simulation:
 
     def _make_pipeline(self, route: Route, split: Split) -> SimulatedPipeline:
         config = SchedulerConfig(
-            max_num_seqs=self._config.max_num_seqs,
-            max_num_batched_tokens=self._config.max_num_batched_tokens,
+            max_num_seqs=self._config.limits.max_num_seqs,
+            max_num_batched_tokens=self._config.limits.max_num_batched_tokens,
             max_waiting=_NO_LIMIT,
             max_model_len=_NO_LIMIT,
             prefix_cache=False,  # prompts have lengths only

@@ -7,10 +7,10 @@ import math
 import random
 
 from flexpipe_serve.planner.profile import Curve, ModelProfile, StepShape
-from flexpipe_serve.planner.request_times import MAX_NUM_SEQS, TOKEN_BUDGET
-from flexpipe_serve.planner.types import Demand, PlannerState, Split, StageDevice, Trigger
+from flexpipe_serve.planner.types import Demand, PlannerState, SchedulerLimits, Split, StageDevice, Trigger
 
 MIB = 2**20
+MAX_NUM_SEQS, TOKEN_BUDGET = SchedulerLimits().max_num_seqs, SchedulerLimits().max_num_batched_tokens
 
 
 def make_profile(

@@ -50,7 +50,7 @@ def test_an_arrival_window_is_what_its_slots_cover(gaps, wait, window_s):
     assert window.num_arrivals(now) == len(inside)
     assert window.rate(now) == pytest.approx(len(inside) / max(covered, 5.0))
     own = np.diff(inside)
-    expected = own.std() / own.mean() if own.sum() > 0 else 0.0
+    expected = own.std() / own.mean() if len(own) and own.mean() > 0 else 0.0
     assert window.cv(now) == pytest.approx(expected, rel=1e-6, abs=1e-5)
 
 

@@ -13,7 +13,7 @@ from flexpipe_serve.planner.latency import SplitModel, predict
 from flexpipe_serve.planner.memory import num_kv_tokens
 from flexpipe_serve.planner.profile import StepShape
 from flexpipe_serve.planner.step_times import StepTimes
-from flexpipe_serve.planner.types import Demand, Prediction, Split
+from flexpipe_serve.planner.types import Demand, Prediction, SchedulerLimits, Split
 
 PROFILE = make_profile()
 SPLITS = st.builds(even_split, st.integers(1, 6), shared=st.booleans())
@@ -240,3 +240,20 @@ def test_a_pipeline_beyond_its_predicted_capacity_falls_behind_in_a_simulation_t
         simulate(PROFILE, split, of_lengths(x * most, (128, 32)), num_requests=400, seed=1) for x in (0.6, 1.3)
     )
     assert full[0] > 10 * calm[0]
+
+
+def test_the_schedulers_own_limits_count() -> None:
+    demand = make_demand(1e-9, prompt_tokens=512.0)
+    usual, few, long_chunks = (
+        predict(PROFILE, even_split(1), demand, limits=limits)
+        for limits in (
+            SchedulerLimits(),
+            SchedulerLimits(max_num_seqs=2),
+            SchedulerLimits(max_num_seqs=2, max_num_batched_tokens=128),
+        )
+    )
+    # Two sequences share a step's fixed cost worse than 64 do; a prompt in four chunks pays it four times.
+    assert few.max_rate < 0.8 * usual.max_rate
+    assert few.ttft_s == pytest.approx(usual.ttft_s)
+    assert long_chunks.ttft_s > few.ttft_s
+    assert SplitModel(StepTimes(PROFILE, even_split(1), SchedulerLimits(max_num_seqs=7)), demand).num_places == 7

@@ -7,7 +7,7 @@ from flexpipe_serve.engine.scheduler_config import SchedulerStats
 from flexpipe_serve.pipeline.channel import Endpoint
 from flexpipe_serve.pipeline.layout import make_layout
 from flexpipe_serve.pipeline.stage_types import StageReport, StageSetup
-from flexpipe_serve.planner.types import Split, StageDevice
+from flexpipe_serve.planner.types import SchedulerLimits, Split, StageDevice
 
 STATS = SchedulerStats(
     num_running=3,
@@ -68,12 +68,14 @@ def view_of(reports: list[StageReport], budgets: dict[str, int], *, boundaries: 
         stats=STATS,
         block_size=4,
         is_changing=False,
+        limits=SchedulerLimits(max_num_seqs=3, max_num_batched_tokens=7),
     )
 
 
 def test_stages_of_one_node_stand_on_one_device() -> None:
     view = view_of([report("stage-0"), report("stage-1", overhead=9), report("stage-2")], {"a": 1000})
     assert view is not None
+    assert view.limits == SchedulerLimits(max_num_seqs=3, max_num_batched_tokens=7)
     (device,) = view.devices
     assert view.split.devices == (device, device)
     assert (device.memory_bytes, device.overhead_bytes) == (1000, 9), "room is needed for the largest"
@@ -86,6 +88,7 @@ def test_private_memory_and_own_cores_make_devices_apart() -> None:
         {"a/stage-0": 10, "a/stage-1": 20},
     )
     assert view is not None
+    assert view.limits == SchedulerLimits(max_num_seqs=3, max_num_batched_tokens=7)
     assert [d.memory_bytes for d in view.split.devices] == [10, 20]
     assert len(view.devices) == 2
     assert [d.compute for d in view.split.devices] == ["a", "a:1"]

@@ -12,7 +12,15 @@ from made_up_models import MIB, make_device, make_profile
 from flexpipe_serve.bench.arrivals import Arrival, gamma_arrivals
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.planner.profile import StepShape
-from flexpipe_serve.planner.types import CandidateScore, Decision, Prediction, Split, Trigger, Verdict
+from flexpipe_serve.planner.types import (
+    CandidateScore,
+    Decision,
+    Prediction,
+    SchedulerLimits,
+    Split,
+    Trigger,
+    Verdict,
+)
 from flexpipe_serve.simulate.refactoring import RefactoringTimes
 from flexpipe_serve.simulate.result import summarize
 from flexpipe_serve.simulate.simulation import Simulation, SimulationConfig
@@ -107,7 +115,7 @@ def test_waiting_is_that_of_the_queue_that_it_is():
     split = split_of(1)
     service_s = step_s(prompt_shape(64), split)
     arrivals = gamma_arrivals(3000, rate=0.6 / service_s, cv=1, num_prompt_tokens=64, num_output_tokens=1, seed=[4])
-    result = run(arrivals, split, max_num_seqs=1)
+    result = run(arrivals, split, limits=SchedulerLimits(max_num_seqs=1))
     wait_s = np.mean([request.latency_s for request in result.requests]) - service_s
     assert wait_s == pytest.approx(0.6 * service_s / (2 * (1 - 0.6)), rel=0.12)
 
@@ -192,8 +200,8 @@ def test_pipelines_come_and_go_and_hand_over_what_they_have():
 
 def test_two_pipelines_serve_twice_as_many():
     arrivals = gamma_arrivals(200, rate=1000, cv=1, num_prompt_tokens=20, num_output_tokens=30, seed=[3])
-    one = run(arrivals, split_of(1), max_num_seqs=8).duration_s
-    two = run(arrivals, split_of(1, num_pipelines=2), max_num_seqs=8)
+    one = run(arrivals, split_of(1), limits=SchedulerLimits(max_num_seqs=8)).duration_s
+    two = run(arrivals, split_of(1, num_pipelines=2), limits=SchedulerLimits(max_num_seqs=8))
     assert two.duration_s == pytest.approx(one / 2, rel=0.05)
     assert two.device_seconds == pytest.approx(2 * two.duration_s)
 
