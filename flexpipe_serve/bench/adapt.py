@@ -5,12 +5,15 @@ For each trace the same requests, in the same order, are sent to one server as e
 * a static pipeline of 1, 2, 3 stages (--stages),
 * the planner with FlexPipe's policy, and with the gated one (--policies), both from --start stages on,
 
-one after the other, and --repeats times over, every second time in reverse. Between two runs the server is brought to
-the next one's layout and comes to rest. The prefix cache is off, for the requests are the same every time.
+one after the other. Between two runs the server is brought to the next one's layout by a refactoring and comes to rest;
+a policy is switched on then, and has seen nothing. All traces are run through before the next of --repeats begins, the
+order of the variants is another for each trace, and is reversed every second time: so a machine that gets slower or
+faster favours none. The prefix cache is off, for the requests are the same every time.
 
-The load suits the machine: before a trace's runs each static layout is measured with the trace's lengths in a closed
-loop, and the mean rate is --load times the capacity of the best one. Requests of the first --lead-in seconds count for
-no variant: a policy has seen the load when it is measured, as one that has run for hours has.
+The load suits the machine: at first each static layout is measured in a closed loop (--concurrency), with requests of
+the mean lengths, and the best one again with each recorded trace's lengths. A trace's mean rate is --load times that.
+Requests of the first --lead-in seconds count for no variant: a policy has seen the load when it is measured, as one
+that has run for hours has. The results so far are written after every run.
 
 A policy is judged by its mean latency against the static layout that turns out best: it may take 2 % more, or as much
 more as that layout's own slowest repetition. Goodput counts answers within --slo seconds, or within --slo-factor times
@@ -22,14 +25,13 @@ what stages compute with: stages that share a node's cores are one device (see s
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 
-from flexpipe_serve.bench.adapt_report import TraceResult, Yardstick, render, to_json
+from flexpipe_serve.bench.adapt_report import PUBLISHED, TraceResult, Yardstick, overview, render, to_json
 from flexpipe_serve.bench.adapt_run import AdaptRun, AdaptSession, Variant
 from flexpipe_serve.bench.adapt_server import (
     add_server_arguments,
@@ -37,6 +39,7 @@ from flexpipe_serve.bench.adapt_server import (
     make_prompts,
     running_session,
     settings_of,
+    write_json,
 )
 from flexpipe_serve.bench.adapt_trace import LONGEST, TraceSpec, WorkloadFacts, make_workload
 from flexpipe_serve.bench.arrivals import Arrival
@@ -77,8 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " in a row from START (s) on, FILE@START+SECONDS for a window, thinned; repeat it for several"
         " (default: gamma:1, gamma:2, gamma:4, gamma:8)",
     )
-    load.add_argument("--duration", type=float, default=40.0, metavar="S", help="of what counts (default 40)")
-    load.add_argument("--lead-in", type=float, default=10.0, metavar="S", help="before that (default 10)")
+    load.add_argument("--duration", type=float, default=14.0, metavar="S", help="of what counts (default 14)")
+    load.add_argument("--lead-in", type=float, default=4.0, metavar="S", help="before that (default 4)")
     load.add_argument("--load", type=float, default=0.65, metavar="X", help="of the best capacity (default 0.65)")
     load.add_argument("--rate", type=float, metavar="R", help="mean requests/s, instead of --load")
     load.add_argument("--prompt-tokens", type=positive_int, default=64, metavar="N", help="mean (default 64)")
@@ -86,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--concurrency", type=positive_int, default=16, metavar="N", help="for capacity (default 16)")
     load.add_argument("--slo", type=float, metavar="S", help="target of a request's latency")
     load.add_argument("--slo-factor", type=float, default=5.0, metavar="X", help="without --slo (default 5)")
-    load.add_argument("--repeats", type=positive_int, default=1, metavar="N", help="of all variants (default 1)")
+    load.add_argument("--repeats", type=positive_int, default=2, metavar="N", help="of all variants (default 2)")
     add_server_arguments(parser)
 
 
@@ -106,7 +109,6 @@ class _Bench:
         self._console = console
         self._specs: list[TraceSpec] = args.trace or [TraceSpec.parse(f"gamma:{cv}") for cv in (1, 2, 4, 8)]
         self._builder = PromptBuilder(args.tokenizer or ensure_demo())
-        self._yardsticks: dict[str, Yardstick] = {}
         self._results: list[TraceResult] = []
         self._is_whole = False
         # Before the server is started: files that are missing, and traces that are too short.
@@ -143,31 +145,37 @@ class _Bench:
             policies = [Variant(policy, even(args.start), policy) for policy in args.policies]
             if policies:
                 await session.wait_for_profile(self._console.print)
-            for spec in self._specs:
-                yardstick = await self._measure(session, spec, statics)
-                await self._run_trace(session, spec, yardstick, [*statics, *policies])
+            await self._measure(session, statics)
+            variants = [*statics, *policies]
+            for repeat in range(args.repeats):
+                for index, result in enumerate(self._results):
+                    await self._run_trace(session, result, in_turn(variants, index=index, repeat=repeat), repeat=repeat)
         self._is_whole = True
 
-    async def _measure(self, session: AdaptSession, spec: TraceSpec, statics: Sequence[Variant]) -> Yardstick:
-        """What the machine can do with the trace's lengths; for all Gamma traces the same."""
-        key = "" if spec.cv is not None else spec.name
-        if key in self._yardsticks:
-            return self._yardsticks[key]
-        sample = self._sample(spec)
-        prompts = make_prompts(self._builder, sample, seed=(self._args.seed, 0))
+    async def _measure(self, session: AdaptSession, statics: Sequence[Variant]) -> None:
+        """What the machine can do, and so the load of each trace."""
+        args = self._args
         capacity: dict[str, float] = {}
+        equal = [Arrival(0.0, args.prompt_tokens, args.output_tokens)] * (_CALIBRATION * args.concurrency)
+        prompts = make_prompts(self._builder, equal, seed=(args.seed, 0))
         for variant in statics:
             await session.take(variant)
-            capacity[variant.name] = await session.capacity(sample, prompts, concurrency=self._args.concurrency)
-            self._console.print(f"{escape(spec.name)}: {variant.name} sustains {capacity[variant.name]:.2f} requests/s")
-        await session.take(max(statics, key=lambda variant: capacity[variant.name]))
-        alone = await session.alone(sample[:_NUM_ALONE], prompts[:_NUM_ALONE])
-        self._yardsticks[key] = Yardstick(capacity, alone)
-        return self._yardsticks[key]
+            capacity[variant.name] = await session.capacity(equal, prompts, concurrency=args.concurrency)
+            self._console.print(f"{variant.name} sustains {capacity[variant.name]:.2f} requests/s")
+        best = max(statics, key=lambda variant: capacity[variant.name])
+        await session.take(best)
+        alone = await session.alone(equal[:_NUM_ALONE], prompts[:_NUM_ALONE])
+        for spec in self._specs:
+            yardstick = Yardstick(capacity, alone)
+            if spec.cv is None:
+                sample = self._sample(spec)
+                prompts = make_prompts(self._builder, sample, seed=(args.seed, 0))
+                own = await session.capacity(sample, prompts, concurrency=args.concurrency)
+                self._console.print(f"{escape(spec.name)}: {best.name} sustains {own:.2f} requests/s")
+                yardstick = Yardstick({best.name: own}, await session.alone(sample[:_NUM_ALONE], prompts[:_NUM_ALONE]))
+            self._results.append(self._result(spec, yardstick))
 
-    async def _run_trace(
-        self, session: AdaptSession, spec: TraceSpec, yardstick: Yardstick, variants: Sequence[Variant]
-    ) -> None:
+    def _result(self, spec: TraceSpec, yardstick: Yardstick) -> TraceResult:
         args = self._args
         seconds = args.lead_in + args.duration
         rate = args.rate or args.load * max(yardstick.capacity.values())
@@ -179,7 +187,7 @@ class _Bench:
         ]
         if not counted:
             raise ConfigError(f"{spec.name} has no request after the lead-in; give a longer --duration")
-        result = TraceResult(
+        return TraceResult(
             name=spec.name,
             workload=workload,
             facts=WorkloadFacts.of(counted, duration_s=args.duration),
@@ -188,16 +196,20 @@ class _Bench:
             duration_s=args.duration,
             slo_s=args.slo,
             slo_factor=args.slo_factor,
+            published=None if spec.cv is None else PUBLISHED.get(spec.cv),
         )
-        self._results.append(result)
-        prompts = make_prompts(self._builder, workload, seed=(args.seed, 1))
-        for repeat in range(args.repeats):
-            for variant in variants if repeat % 2 == 0 else reversed(variants):
-                run = await session.run(variant, workload, prompts, repeat=repeat)
-                result.runs.append(run)
-                self._console.print(escape(describe(run)))
-        result.differences = await compare_answers(result.runs, session, workload, prompts)
-        self._console.print(render(result))
+
+    async def _run_trace(
+        self, session: AdaptSession, result: TraceResult, variants: Sequence[Variant], *, repeat: int
+    ) -> None:
+        prompts = make_prompts(self._builder, result.workload, seed=(self._args.seed, 1))
+        for variant in variants:
+            run = await session.run(variant, result.workload, prompts, repeat=repeat)
+            result.runs.append(run)
+            self._console.print(escape(f"{result.name}: {describe(run)}"))
+            self._save()
+        if repeat == self._args.repeats - 1:
+            result.differences = await compare_answers(result.runs, session, result.workload, prompts)
 
     def _sample(self, spec: TraceSpec) -> list[Arrival]:
         """Requests of the trace's lengths."""
@@ -211,16 +223,14 @@ class _Bench:
         )  # fmt: skip
 
     def report(self) -> None:
-        """JSON and pictures of what was measured."""
+        """Tables, JSON and pictures of what was measured."""
         args, results = self._args, [result for result in self._results if result.runs]
+        for result in results:
+            self._console.print(render(result))
+        if results:
+            self._console.print(overview(results))
+        self._save()
         if args.json is not None and results:
-            data = {
-                "version": 1,
-                "settings": settings_of(args),
-                "machine": machine(),
-                "traces": [to_json(result) for result in results],
-            }
-            args.json.write_text(json.dumps(data) + "\n")
             self._console.print(f"wrote {args.json}")
         if args.plot is not None:
             from flexpipe_serve.bench.adapt_plot import save_plot  # only now: matplotlib takes its time to import
@@ -230,6 +240,26 @@ class _Bench:
                 path = args.plot.with_stem(f"{args.plot.stem}-{slug}")
                 save_plot(result, path)
                 self._console.print(f"wrote {path}")
+
+    def _save(self) -> None:
+        results = [result for result in self._results if result.runs]
+        if self._args.json is not None and results:
+            write_json(
+                {
+                    "version": 1,
+                    "settings": settings_of(self._args),
+                    "machine": machine(),
+                    "traces": [to_json(result) for result in results],
+                },
+                self._args.json,
+            )
+
+
+def in_turn(variants: Sequence[Variant], *, index: int, repeat: int) -> list[Variant]:
+    """The order of the variants: each trace begins with another one, and every second repetition is reversed."""
+    first = index % len(variants)
+    order = [*variants[first:], *variants[:first]]
+    return order if repeat % 2 == 0 else order[::-1]
 
 
 def describe(run: AdaptRun) -> str:

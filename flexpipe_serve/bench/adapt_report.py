@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +19,9 @@ from flexpipe_serve.bench.arrivals import Arrival
 from flexpipe_serve.bench.identity import Difference
 from flexpipe_serve.bench.report import notes, spread_text
 from flexpipe_serve.bench.summary import Spread, summarize
+
+PUBLISHED = {1.0: -0.383, 4.0: -0.661}
+"""Latency of FlexPipe against AlpaServe, whose pipelines are static, by the CV of arrivals: its paper, 82 GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class TraceResult:
         duration_s: for which requests come afterwards.
         slo_s: target of the latency; None: ``slo_factor`` times the latency alone, of each request.
         slo_factor: see ``slo_s``.
+        published: what FlexPipe's paper has for such arrivals, see ``PUBLISHED``.
         runs: in the order done.
         differences: by run, what was said otherwise than in the first run that answered.
     """
@@ -59,6 +63,7 @@ class TraceResult:
     duration_s: float
     slo_s: float | None
     slo_factor: float
+    published: float | None = None
     runs: list[AdaptRun] = field(default_factory=list)
     differences: list[tuple[AdaptRun, Difference]] = field(default_factory=list)
 
@@ -125,7 +130,7 @@ def render(result: TraceResult) -> Group:
         f" {facts.mean_prompt:.0f} + {facts.mean_output:.0f} tokens"
     )
     parts: list[Table | str] = [head, _table(result)]
-    parts += [verdict_line(result.name, verdict) for verdict in result.verdicts()]
+    parts += [verdict_line(result, verdict) for verdict in result.verdicts()]
     for run in result.runs:
         where = f"{run.variant.name}, repeat {run.repeat + 1}"
         summary = summarize([run.wave])
@@ -146,16 +151,46 @@ def render(result: TraceResult) -> Group:
     return Group(*parts)
 
 
-def verdict_line(trace: str, verdict: Verdict) -> str:
+def verdict_line(result: TraceResult, verdict: Verdict) -> str:
     """One sentence about one policy."""
     against = ", ".join(f"{ratio - 1:+.1%} against {name}" for name, ratio in verdict.by_static.items())
+    if result.published is not None:
+        against += f"; FlexPipe's paper has {result.published:+.1%} against static AlpaServe, on 82 GPUs"
     color, word = ("green", "no worse") if verdict.is_met else ("red", "WORSE")
     return (
-        f"[{color}]{escape(trace)}: {verdict.policy} is {word} than the best static layout in hindsight:"
+        f"[{color}]{escape(result.name)}: {verdict.policy} is {word} than the best static layout in hindsight:"
         f" mean {verdict.policy_ms.median:.0f} ms against {verdict.best_ms.median:.0f} ms"
         f" \\[{verdict.best_ms.low:.0f}-{verdict.best_ms.high:.0f}] of {verdict.best}, ratio {verdict.ratio:.3f},"
         f" allowed {verdict.limit:.3f}[/] ({against})"
     )
+
+
+def overview(results: Sequence[TraceResult]) -> Table:
+    """All traces: each policy's mean latency against that of the static layout that turned out best."""
+    table = Table(
+        title="mean latency against the best static layout in hindsight; median \\[range] over repeats",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
+    for heading in ("trace", "best static", "ms", "policy", "ms", "difference", "allowed", "switches", "devices × s"):
+        table.add_column(heading, justify="left" if heading in ("trace", "best static", "policy") else "right")
+    for result in results:
+        figures = result.figures()
+        for verdict in result.verdicts():
+            own = figures[verdict.policy]
+            color = "green" if verdict.is_met else "red"
+            table.add_row(
+                escape(result.name),
+                verdict.best,
+                spread_text(verdict.best_ms, digits=0),
+                verdict.policy,
+                spread_text(verdict.policy_ms, digits=0),
+                f"[{color}]{verdict.ratio - 1:+.1%}[/]",
+                f"{verdict.limit - 1:+.1%}",
+                spread_text(Spread.of(each.num_switches for each in own), digits=0),
+                spread_text(Spread.of(each.device_s for each in own), digits=0),
+            )
+    return table
 
 
 _COLUMNS: tuple[tuple[str, Callable[[Figures], float | None], int], ...] = (
@@ -205,6 +240,7 @@ def to_json(result: TraceResult) -> dict[str, Any]:
         "duration_s": result.duration_s,
         "slo_s": result.slo_s,
         "slo_factor": result.slo_factor,
+        "published": result.published,
         "arrivals": [asdict(arrival) for arrival in result.workload],
         "verdicts": [asdict(verdict) | {"is_met": verdict.is_met} for verdict in result.verdicts()],
         "variants": {

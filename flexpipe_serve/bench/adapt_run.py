@@ -19,7 +19,7 @@ from flexpipe_serve.bench.wave import Wave, run_wave
 from flexpipe_serve.errors import ConfigError, EngineUnavailableError, InvalidRequestError, RefactorBusyError
 from flexpipe_serve.refactor.record import Outcome, RefactorRecord
 
-_POLL_S = 0.5
+_POLL_S = 0.2
 _LOOK_EVERY_S = 1.0
 """Seldom: every look costs both sides CPU."""
 _SETTLE_S = 120.0
@@ -118,6 +118,7 @@ class AdaptSession:
         self._warm_prompt = warm_prompt
         self._timeout_s = timeout_s
         self._num_warm = int(router_of(config)["user_config"].get("warm_stages", 0))
+        self._is_planning = False
 
     async def wait_for_profile(self, say: Callable[[str], None]) -> None:
         """Until the planner can plan: at a first start it measures the model, and that must disturb no run.
@@ -140,12 +141,18 @@ class AdaptSession:
             await asyncio.sleep(_POLL_S)
 
     async def take(self, variant: Variant) -> None:
-        """Bring the server into the variant's state: its layout at rest, then its policy.
+        """Bring the server into the variant's state: its layout at rest, then its policy, which has seen nothing yet.
 
         Raises:
             ConfigError: the server refuses the layout, or does not get there.
         """
-        await self._deploy(variant.boundaries, {"mode": "off"})
+        # What the last variant asked for late matters no more.
+        late = [record for record in await self.handle.refactorings() if not record.is_over]
+        if self._is_planning:
+            await self._deploy(variant.boundaries, {"mode": "off"})
+            self._is_planning = False
+        for record in late:
+            await (await self.handle.refactoring(record.id)).cancel()
         deadline = time.monotonic() + _SETTLE_S
         while not await self._is_settled(variant.boundaries):
             if time.monotonic() > deadline:
@@ -155,6 +162,7 @@ class AdaptSession:
         await self._wave([_WARM_UP] * 4, [self._warm_prompt] * 4, concurrency=2)
         if variant.policy is not None:
             await self._deploy(variant.boundaries, {**self._planner, "mode": "on", "policy": variant.policy})
+            self._is_planning = True
 
     async def capacity(self, workload: Sequence[Arrival], prompts: Sequence[str], *, concurrency: int) -> float:
         """Requests a second that the layout in force sustains in a closed loop."""
@@ -187,7 +195,6 @@ class AdaptSession:
         decisions: list[dict[str, Any]] = []
         if variant.policy is not None:
             decisions = await self._decisions(since=started_at)
-            await self._deploy(variant.boundaries, {"mode": "off"})  # nothing is decided while nobody asks for anything
         records = [record for record in await self.handle.refactorings() if record.requested_at >= started_at]
         over_at = started_at + max(request.end_s for request in wave.requests)
         records = [record for record in records if record.requested_at <= over_at]
@@ -221,7 +228,6 @@ class AdaptSession:
         if any(not record.is_over for record in await self.handle.refactorings()):
             return False
         if tuple(status["layout"]["boundaries"]) != boundaries:
-            # A configuration that was in force already changes nothing, though the layout has changed since.
             with contextlib.suppress(RefactorBusyError):
                 await self.handle.refactor(boundaries=boundaries, reason="start of a run")
             return False

@@ -53,6 +53,13 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: _plain(value) for name, value in vars(args).items() if name != "run"}
 
 
+def write_json(data: Mapping[str, Any], path: Path) -> None:
+    """Writes a file that is whole at any time, so that an interrupted run leaves what it had."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(data) + "\n")
+    new.replace(path)
+
+
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | dict):
         return value

@@ -11,18 +11,15 @@ profile that is missing is measured first; nothing else should run on the machin
 """
 
 import argparse
-import asyncio
-import contextlib
-import json
 import os
 import secrets
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
+from flexpipe_serve.bench.adapt_server import settings_of, write_json
 from flexpipe_serve.bench.arrivals import Arrival
+from flexpipe_serve.bench.experiment import run_experiment
 from flexpipe_serve.bench.model_points import Point, demand_of
 from flexpipe_serve.bench.model_report import render, save_picture, to_json
 from flexpipe_serve.bench.model_run import Load, measure
@@ -30,14 +27,13 @@ from flexpipe_serve.bench.prompts import PromptBuilder
 from flexpipe_serve.bench.serve import positive_int
 from flexpipe_serve.bench.server import adapt_config, default_log, read_config
 from flexpipe_serve.config import ServeArgs, parse
-from flexpipe_serve.errors import ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError
+from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.model.profile_cache import gpu_name, load_profile, read_profile, start_profiling
 from flexpipe_serve.model.source import resolve_source
 from flexpipe_serve.pipeline.layout import even_boundaries
 from flexpipe_serve.planner.latency import predict
 from flexpipe_serve.planner.profile import ModelProfile
 from flexpipe_serve.planner.types import Split, StageDevice
-from flexpipe_serve.private_cluster import interruptible
 
 _LOADS = (0.3, 0.55, 0.8)
 _PLENTY = 1 << 50
@@ -64,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help=f"or shares of the first split's capacity (default {' '.join(map(str, _LOADS))})",
     )
-    load.add_argument("--seconds", type=float, default=18.0, metavar="S", help="of each rate (default 18)")
+    load.add_argument("--seconds", type=float, default=12.0, metavar="S", help="of each rate (default 12)")
     load.add_argument("--prompt-tokens", type=positive_int, default=128, metavar="N", help="a prompt (default 128)")
     load.add_argument("--output-tokens", type=positive_int, default=64, metavar="N", help="an answer (default 64)")
     load.add_argument("--timeout", type=float, default=300.0, metavar="S", help="a longer request failed (default 300)")
@@ -81,50 +77,70 @@ def main(args: argparse.Namespace) -> int:
     Returns:
         0; 1 if a request failed or not all was measured; 2 if it cannot be measured.
     """
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 140
-    points: list[Point] = []
-    try:
-        config = adapt_config(
+    return run_experiment(_Experiment, args)
+
+
+class _Experiment:
+    def __init__(self, args: argparse.Namespace, console: Console) -> None:
+        self._args = args
+        self._console = console
+        self._points: list[Point] = []
+        self._config = adapt_config(
             read_config(args.config),
             args={},
             user_config={"layout": {"stages": args.stages[0]}, "planner": {"mode": "off"}},
         )
-        serve_args = parse(ServeArgs, config["applications"][0]["args"])
-        path = resolve_source(serve_args.model.source)
-        profile = _profile(args, serve_args, path, console)
-        load = _load(args, serve_args, profile)
-        log = args.server_log or default_log()
-        console.print(
+        serve_args = parse(ServeArgs, self._config["applications"][0]["args"])
+        self._path = resolve_source(serve_args.model.source)
+        self._profile = _profile(args, serve_args, self._path, console)
+        self._load = _load(args, serve_args, self._profile)
+        self._log = args.server_log or default_log()
+
+    @property
+    def is_good(self) -> bool:
+        """Whether all points are there, and no request failed."""
+        is_complete = len(self._points) == len(self._args.stages) * (len(self._load.rates) + 1)
+        return is_complete and not any(request.error for point in self._points for request in point.wave.requests)
+
+    async def run(self) -> None:
+        """All waves on all splits."""
+        load = self._load
+        self._console.print(
             f"{', '.join(f'{rate:.2f}' for rate in load.rates)} requests/s and {load.num_at_once} at once, on"
-            f" {', '.join(map(str, args.stages))} stages (log of the server: {log})"
+            f" {', '.join(map(str, self._args.stages))} stages (log of the server: {self._log})"
+        )
+        await measure(
+            self._config,
+            self._profile,
+            load,
+            stages=self._args.stages,
+            builder=PromptBuilder(self._path),
+            log=self._log,
+            on_point=self._on_point,
         )
 
-        def on_point(point: Point) -> None:
-            points.append(point)
-            rate = "at once" if point.rate is None else f"at {point.rate:.2f}/s"
-            console.print(f"{point.num_stages} stages: {len(point.wave.requests)} requests {rate}")
+    def _on_point(self, point: Point) -> None:
+        self._points.append(point)
+        rate = "at once" if point.rate is None else f"at {point.rate:.2f}/s"
+        self._console.print(f"{point.num_stages} stages: {len(point.wave.requests)} requests {rate}")
+        self._save()
 
-        with interruptible():
-            with contextlib.suppress(KeyboardInterrupt):
-                asyncio.run(
-                    measure(
-                        config,
-                        profile,
-                        load,
-                        stages=args.stages,
-                        builder=PromptBuilder(path),
-                        log=log,
-                        on_point=on_point,
-                    )
-                )
-            _report(args, points, profile, console)
-    except (ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}")
-        return 2
-    is_complete = len(points) == len(args.stages) * (len(load.rates) + 1)
-    return int(not is_complete or any(request.error for point in points for request in point.wave.requests))
+    def report(self) -> None:
+        """Table, JSON and picture of what was measured."""
+        if not self._points:
+            return
+        self._console.print(render(self._points))
+        if self._args.json is not None:
+            self._save()
+            self._console.print(f"wrote {self._args.json}")
+        if self._args.plot is not None:
+            save_picture(self._points, self._args.plot)
+            self._console.print(f"wrote {self._args.plot}")
+
+    def _save(self) -> None:
+        if self._args.json is not None:
+            data = to_json(self._points, profile=self._profile, settings=settings_of(self._args))
+            write_json(data, self._args.json)
 
 
 def _profile(args: argparse.Namespace, serve_args: ServeArgs, path: Path, console: Console) -> ModelProfile:
@@ -170,20 +186,3 @@ def _first_split(num_stages: int, profile: ModelProfile) -> Split:
         boundaries=even_boundaries(num_layers=profile.num_layers, num_stages=num_stages),
         devices=(device,) * num_stages,
     )
-
-
-def _report(args: argparse.Namespace, points: list[Point], profile: ModelProfile, console: Console) -> None:
-    if not points:
-        return
-    console.print(render(points))
-    if args.json is not None:
-        settings: dict[str, Any] = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(args).items()
-            if name != "run"
-        }
-        args.json.write_text(json.dumps(to_json(points, profile=profile, settings=settings), indent=2) + "\n")
-        console.print(f"wrote {args.json}")
-    if args.plot is not None:
-        save_picture(points, args.plot)
-        console.print(f"wrote {args.plot}")
