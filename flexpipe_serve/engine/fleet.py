@@ -98,14 +98,17 @@ class Fleet:
         self._routing.admit(stream)
         self._planner.on_arrival(num_prompt_tokens=len(prompt_token_ids))
         num_output_tokens = 0
+        has_failed = False
         try:
             await self._add(stream)
             async for output in stream:
                 self._routing.note_output(stream)
+                self._planner.on_output(len(output.token_ids))
                 num_output_tokens += len(output.token_ids)
+                has_failed = has_failed or output.error is not None
                 yield output
         finally:
-            if stream.is_over:
+            if stream.is_over and not has_failed:
                 latency_s = time.monotonic() - arrived_at
                 self._planner.on_finish(num_output_tokens=num_output_tokens, latency_s=latency_s)
             stream.leave()

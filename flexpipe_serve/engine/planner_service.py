@@ -82,12 +82,17 @@ class PlannerService:
     # ------------------------------------------------------------------ what is watched
 
     def on_arrival(self, *, num_prompt_tokens: int) -> None:
-        """A sequence was asked for."""
+        """A request came."""
         with self._watching:
             self._monitor.arrived(time.monotonic(), num_prompt_tokens=num_prompt_tokens)
 
+    def on_output(self, num_tokens: int) -> None:
+        """A request got tokens."""
+        with self._watching:
+            self._monitor.generated(time.monotonic(), num_tokens=num_tokens)
+
     def on_finish(self, *, num_output_tokens: int, latency_s: float) -> None:
-        """A sequence came to its own end."""
+        """A request came to its own end, without an error."""
         with self._watching:
             self._monitor.finished(time.monotonic(), num_output_tokens=num_output_tokens, latency_s=latency_s)
 
@@ -186,7 +191,6 @@ class PlannerService:
                 prefix_hit_share=view.num_prefix_hit_tokens / max(1, view.num_prompt_tokens),
             )
             is_stalled = self._monitor.is_stalled
-            mean_latency_s = self._monitor.mean_latency_s(now)
         if trigger is None:
             trigger = trigger_of(demand, is_stalled=is_stalled, horizon_s=self._config.horizon_s)
         state = PlannerState(
@@ -197,7 +201,6 @@ class PlannerService:
             trigger=trigger,
             last_change_at=self._last_change_at,
             num_kv_tokens_in_use=view.num_kv_tokens_in_use,
-            mean_latency_s=mean_latency_s,
             migration_bytes_per_s=self.max_bytes_per_s,
             limits=view.limits,
         )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from flexpipe_serve.errors import ConfigError
+from flexpipe_serve.planner.lengths import OutputLengths
 from flexpipe_serve.planner.stall import StallDetector
 from flexpipe_serve.planner.types import Demand, Trigger
 from flexpipe_serve.planner.windows import ArrivalWindow, Moments, RecentMoments
@@ -16,7 +17,7 @@ _MIN_ARRIVALS = 10
 _MIN_ARRIVALS_OF_RATE = 20
 """In a window, before its rate is taken instead of a longer window's."""
 _MIN_ENDED = 30
-"""Requests in a window, before its lengths and latencies are taken instead of a longer window's."""
+"""Requests in a window, before its lengths are taken instead of a longer window's."""
 _NUM_DEVIATIONS = 3.0
 """What a change of the rate must stand out by."""
 _SURGE = 0.5
@@ -53,7 +54,7 @@ class DemandMonitor:
         self._planning = self._arrivals[len(windows_s) // 2 :]
         self._prompt_tokens = RecentMoments(windows_s, min_count=_MIN_ENDED)
         self._output_tokens = RecentMoments(windows_s, min_count=_MIN_ENDED)
-        self._latencies = RecentMoments(windows_s, min_count=_MIN_ENDED)
+        self._output_lengths = OutputLengths()
         self._prompt_token_work = prompt_token_work
         self._num_arrived = 0
         self._stalls = StallDetector(give_up_after_s=windows_s[-1])
@@ -64,11 +65,16 @@ class DemandMonitor:
         for window in self._arrivals:
             window.add(at)
         self._prompt_tokens.add(at, num_prompt_tokens)
+        self._output_lengths.arrived(at)
+
+    def generated(self, at: float, *, num_tokens: int) -> None:
+        """A request got so many tokens more; the only call for what ends in another way than well."""
+        self._output_lengths.generated(at, num_tokens)
 
     def finished(self, at: float, *, num_output_tokens: int, latency_s: float) -> None:
-        """A request ended well, ``latency_s`` after it came."""
+        """A request ended well, ``latency_s`` after it came; its tokens were told of as they came."""
+        self._output_lengths.ended(at)
         self._output_tokens.add(at, num_output_tokens)
-        self._latencies.add(at, latency_s)
         self._stalls.add(at, latency_s)
 
     def demand(self, at: float, *, num_waiting: int, num_running: int, prefix_hit_share: float = 0.0) -> Demand:
@@ -78,6 +84,7 @@ class DemandMonitor:
         lately = next((w for w in self._arrivals if w.num_arrivals(at) >= _MIN_ARRIVALS_OF_RATE), longest)
         prompt = self._prompt_tokens.moments(at)
         output = self._output_tokens.moments(at)
+        output_tokens = self._output_lengths.mean(at, cv=output.cv)
         return Demand(
             at=at,
             rate=lately.rate(at),
@@ -85,8 +92,8 @@ class DemandMonitor:
             cv=next((cvs[w] for w in self._planning if w in cvs), 1.0),
             cv_by_window={f"{w.window_s:g}s": cv for w, cv in cvs.items()},
             prompt_tokens=prompt.mean,
-            output_tokens=output.mean,
-            service_cv=self._service_cv(prompt, output),
+            output_tokens=output_tokens,
+            service_cv=self._service_cv(prompt, output_tokens, output.cv),
             prefix_hit_share=prefix_hit_share,
             num_waiting=num_waiting,
             num_running=num_running,
@@ -98,11 +105,6 @@ class DemandMonitor:
         gradients = (window.gradient(at, num_deviations=_NUM_DEVIATIONS) for window in self._arrivals)
         return next((gradient for gradient in gradients if gradient), 0.0)
 
-    def mean_latency_s(self, at: float) -> float | None:
-        """Of the requests that ended lately; None before the first."""
-        moments = self._latencies.moments(at)
-        return moments.mean if moments.count else None
-
     @property
     def is_stalled(self) -> bool:
         """Whether requests take longer than they should (F23), see :class:`StallDetector`."""
@@ -113,8 +115,8 @@ class DemandMonitor:
         """P25 latency of normal operation; None before there are enough requests."""
         return self._stalls.baseline_s
 
-    def _service_cv(self, prompt: Moments, output: Moments) -> float:
+    def _service_cv(self, prompt: Moments, output_tokens: float, output_cv: float) -> float:
         """Prompt and output lengths taken as independent."""
         prompt_work = prompt.mean * self._prompt_token_work
-        work = prompt_work + output.mean
-        return math.hypot(prompt.cv * prompt_work, output.cv * output.mean) / work if work > 0 else 0.0
+        work = prompt_work + output_tokens
+        return math.hypot(prompt.cv * prompt_work, output_cv * output_tokens) / work if work > 0 else 0.0

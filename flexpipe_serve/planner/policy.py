@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, Protocol
 from flexpipe_serve.planner.candidates import Candidate, CandidateMaker, refusal, split_key
 from flexpipe_serve.planner.cost import transition_cost
 from flexpipe_serve.planner.flexpipe_policy import FlexPipePolicy
-from flexpipe_serve.planner.gate import FEW_ARRIVALS, Gate, expected_demand, with_round_lengths
+from flexpipe_serve.planner.gate import FEW_ARRIVALS, Gate, expected_demand
 from flexpipe_serve.planner.latency import SplitModel
 from flexpipe_serve.planner.peaks import Peaks, work_of
 from flexpipe_serve.planner.profile import ModelProfile
@@ -24,8 +24,6 @@ from flexpipe_serve.planner.types import (
 )
 from flexpipe_serve.planner.words import make_decision
 
-_CORRECTION = (0.5, 2.0)
-"""Measured over predicted latency; what is beyond has other causes than the model."""
 _LONGEST = 10.0
 """Horizons that a gain is counted over at most."""
 _NEVER = 10.0
@@ -53,7 +51,6 @@ class _Present(NamedTuple):
     model: SplitModel
     latency_s: float
     """Over the horizon, if nothing changes."""
-    correction: float
     work: float
     """Of a request."""
 
@@ -80,7 +77,7 @@ class GatedPolicy:
         work = work_of(profile, demand)
         if state.trigger is not Trigger.ASKED:
             self._peaks.note(state.now, state.demand.rate * work)
-        present = _Present(candidates[0], model, self._latency_s(model), self._correction(model, state), work)
+        present = _Present(candidates[0], model, self._latency_s(model), work)
         current = CandidateScore(split=state.current, prediction=model.predict(), score=0.0)
         scores = [current, *(self._score(candidate, state, demand, present) for candidate in candidates[1:])]
         is_saturated = current.prediction.utilisation >= 1
@@ -96,7 +93,7 @@ class GatedPolicy:
         else:
             best = scores[0] if scores[0] is not current else None
             horizon_s = self._horizon_s(scores[0].split, state.now)
-            total_s = present.correction * present.latency_s * demand.rate * horizon_s
+            total_s = present.latency_s * demand.rate * horizon_s
             verdict, why = self._gate.judge(state, current, best, horizon_s=horizon_s, present_total_s=total_s)
             if verdict is Verdict.MOVE:
                 chosen = scores[0].split
@@ -105,7 +102,7 @@ class GatedPolicy:
     def _score(self, candidate: Candidate, state: PlannerState, demand: Demand, present: _Present) -> CandidateScore:
         model = candidate.under(demand)
         cost_s, duration_s, back_s = transition_cost(
-            candidate.transition, state, demand, present=present.model, latency_s=present.latency_s * present.correction
+            candidate.transition, state, demand, present=present.model, latency_s=present.latency_s
         )
         if model.max_rate < present.model.max_rate:
             cost_s += self._peaks.risk_s(
@@ -120,7 +117,7 @@ class GatedPolicy:
         if state.trigger is not Trigger.ASKED:
             self._note_better(candidate.split, state.now, is_better=saved_s > 0)
         num_requests = demand.rate * max(0.0, self._horizon_s(candidate.split, state.now) - duration_s)
-        gain_s = present.correction * num_requests * saved_s
+        gain_s = num_requests * saved_s
         return CandidateScore(
             split=candidate.split,
             prediction=model.predict(),
@@ -146,15 +143,6 @@ class GatedPolicy:
 
     def _latency_s(self, model: SplitModel) -> float:
         return min(model.latency_over(self._weights.horizon_s), _NEVER * self._weights.horizon_s)
-
-    def _correction(self, present: SplitModel, state: PlannerState) -> float:
-        """Measured latency of late over what the model says of it. It goes for all splits alike: what slows one down
-        slows the others down."""
-        if state.mean_latency_s is None:
-            return 1.0
-        predicted_s = self._latency_s(present.under(with_round_lengths(state.demand)))
-        low, high = _CORRECTION
-        return min(max(state.mean_latency_s / predicted_s, low), high)
 
     def _notice_change(self, profile: ModelProfile, state: PlannerState, demand: Demand, present: Candidate) -> None:
         if state.trigger is Trigger.ASKED:

@@ -23,7 +23,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: float
     """Mean length, lately."""
     output_tokens: float
-    """Mean length, lately; of what has ended."""
+    """Mean length, lately; what still runs counts with the tokens that it has got."""
     service_cv: float = 0.0
     """Coefficient of variation of the work in a request."""
     prefix_hit_share: float = 0.0
@@ -167,7 +167,5 @@ class PlannerState(msgspec.Struct, frozen=True, kw_only=True):
     trigger: Trigger = Trigger.INTERVAL
     last_change_at: float | None = None
     num_kv_tokens_in_use: int = 0
-    mean_latency_s: float | None = None
-    """Measured lately; corrects predictions."""
     migration_bytes_per_s: float = 4e7
     limits: SchedulerLimits = SchedulerLimits()

@@ -162,6 +162,8 @@ class Simulation:
         request = self._requests[sequence.request_id]
         if request.first_token_at is None:
             request.first_token_at = sequence.first_token_time
+        if update.new_token_ids:
+            self._monitor.generated(self._events.now, num_tokens=len(update.new_token_ids))
         if update.finished:
             self._end(sequence)
 
@@ -243,7 +245,6 @@ class Simulation:
             trigger=trigger_of(demand, is_stalled=self._monitor.is_stalled, horizon_s=self._config.horizon_s),
             last_change_at=self._last_change_at,
             num_kv_tokens_in_use=sum(s.num_used_blocks for s in stats) * BLOCK_SIZE,
-            mean_latency_s=self._monitor.mean_latency_s(now),
             migration_bytes_per_s=self._config.times.migration_bytes_per_s,
             limits=self._config.limits,
         )

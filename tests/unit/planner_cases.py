@@ -112,7 +112,6 @@ def make_state(
     devices: tuple[StageDevice, ...] | None = None,
     trigger: Trigger = Trigger.INTERVAL,
     last_change_at: float | None = None,
-    mean_latency_s: float | None = None,
     num_kv_tokens_in_use: int = 0,
 ) -> PlannerState:
     """At the time of the demand, with the devices of the split by default."""
@@ -124,7 +123,6 @@ def make_state(
         trigger=trigger,
         last_change_at=last_change_at,
         num_kv_tokens_in_use=num_kv_tokens_in_use,
-        mean_latency_s=mean_latency_s,
     )
 
 

@@ -1,0 +1,126 @@
+"""Output lengths are told from what has been generated, long before the requests end."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexpipe_serve.planner.lengths import OutputLengths
+
+TOKEN_S = 0.05
+
+
+def play(lengths, requests, *, until, token_s=TOKEN_S):
+    """Each request, (arrival, tokens, whether it ends well), gets a token every ``token_s``."""
+    events = [(at, i, 0) for i, (at, _, _) in enumerate(requests)]
+    heapq.heapify(events)
+    while events and events[0][0] <= until:
+        at, i, num_tokens = heapq.heappop(events)
+        if num_tokens == 0:
+            lengths.arrived(at)
+        else:
+            lengths.generated(at, 1)
+        _, length, ends_well = requests[i]
+        if num_tokens < length:
+            heapq.heappush(events, (at + token_s, i, num_tokens + 1))
+        elif ends_well:
+            lengths.ended(at)
+    return lengths
+
+
+def steady(rate, length, *, begin, end):
+    return [(at, length, True) for at in np.arange(begin, end, 1 / rate)]
+
+
+@pytest.mark.parametrize("length", [2, 40, 400])
+def test_equal_lengths_in_a_steady_flow(length):
+    lengths = play(OutputLengths(), steady(3.0, length, begin=0.0, end=120.0), until=120.0)
+    assert lengths.mean(120.0) == pytest.approx(length, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["geometric", "lognormal"])
+def test_lengths_that_vary_without_a_bias_towards_the_short(kind):
+    rng = np.random.default_rng(7)
+    told, ended = [], []
+    for _ in range(6):
+        mean = 150.0
+        draws = rng.geometric(1 / mean, 500) if kind == "geometric" else np.ceil(rng.lognormal(4.51, 1.0, 500))
+        times = np.cumsum(rng.exponential(0.2, 500))
+        requests = [(float(at), int(n), True) for at, n in zip(times, draws, strict=True)]
+        lengths = play(OutputLengths(), requests, until=25.0)
+        told.append(lengths.mean(25.0, cv=1.3))
+        ended.append(np.mean([n for at, n, _ in requests if at + n * TOKEN_S <= 25.0]))
+    assert np.mean(told) == pytest.approx(150.0, rel=0.15)
+    assert np.mean(ended) < 0.8 * 150.0  # what a mean over the ended says
+
+
+def test_longer_outputs_are_seen_long_before_one_has_ended():
+    requests = [*steady(3.0, 2, begin=0.0, end=100.0), *steady(0.6, 224, begin=100.0, end=130.0)]
+    lengths, seen = OutputLengths(), {}
+    events = sorted((at + i * TOKEN_S, i == 0, i == n) for at, n, _ in requests for i in range(n + 1))
+    index = 0
+    for second in range(1, 130):
+        while index < len(events) and events[index][0] <= second:
+            at, is_arrival, is_end = events[index]
+            if is_arrival:
+                lengths.arrived(at)
+            else:
+                lengths.generated(at, 1)
+            if is_end:
+                lengths.ended(at)
+            index += 1
+        seen[second] = lengths.mean(float(second))
+    assert seen[99] == pytest.approx(2.0, rel=0.1)
+    assert seen[105] > 10  # the first ends at 111
+    assert seen[109] > 40
+    assert 120 < seen[128] < 450
+
+
+def test_shorter_outputs_are_seen_as_soon_as_they_end():
+    requests = [*steady(0.6, 224, begin=0.0, end=100.0), *steady(3.0, 2, begin=100.0, end=125.0)]
+    lengths = play(OutputLengths(), requests, until=125.0)
+    assert lengths.mean(125.0) < 20
+
+
+def test_what_fails_is_no_end():
+    good = play(OutputLengths(), steady(2.0, 50, begin=0.0, end=60.0), until=60.0).mean(60.0)
+    # Every other request breaks off half-way: its tokens count, its end does not.
+    broken = [
+        (at, 50 if i % 2 else 25, bool(i % 2)) for i, (at, _, _) in enumerate(steady(4.0, 50, begin=0.0, end=60.0))
+    ]
+    told = play(OutputLengths(), broken, until=60.0).mean(60.0)
+    assert good == pytest.approx(50, rel=0.1)
+    assert told == pytest.approx(75, rel=0.1)  # 25 more tokens for each end
+
+
+def test_nothing_at_first_and_the_last_known_after_silence():
+    lengths = OutputLengths()
+    assert lengths.mean(3.0) == 0.0
+    play(lengths, steady(2.0, 10, begin=5.0, end=20.0), until=30.0)
+    known = lengths.mean(30.0)
+    assert lengths.mean(1e4) == known > 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0, 5), st.integers(0, 2), st.integers(1, 50)), max_size=40),
+    st.floats(0, 400),
+)
+def test_it_is_positive_and_bounded_whatever_happens(history, wait):
+    lengths, at, total = OutputLengths(), 0.0, 0
+    for gap, kind, count in history:
+        at += gap
+        if kind == 0:
+            lengths.arrived(at)
+        elif kind == 1:
+            lengths.generated(at, count)
+            total += count
+        else:
+            lengths.ended(at)
+        assert 0 <= lengths.mean(at) <= 2 * total
+    assert 0 <= lengths.mean(at + wait) <= 2 * total
+    assert len(lengths._seconds) <= 181
