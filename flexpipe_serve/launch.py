@@ -19,8 +19,10 @@ from rich.markup import escape
 from flexpipe_serve.config import ServeArgs, UserConfig, parse
 from flexpipe_serve.engine.assemble import layout_of, model_name
 from flexpipe_serve.errors import ConfigError
+from flexpipe_serve.local_clusters import FOLDER_PREFIX
 from flexpipe_serve.model.source import load_spec, resolve_source
-from flexpipe_serve.private_cluster import cluster_folder, interruptible, running_cluster
+from flexpipe_serve.private_cluster import prepare_environment, start_cluster
+from flexpipe_serve.supervised import supervised
 
 if TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
@@ -41,34 +43,41 @@ def main(args: argparse.Namespace) -> int:
     """Serve until interrupted. Returns the exit status."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     started = time.monotonic()
-    try:
-        with interruptible(), cluster_folder() as folder:
-            config = _read_config(args.config)
-            http = config.http_options
-            http.port = args.port or http.port
-            http.host = args.host or http.host
-            _check_port(http.host, http.port)
-            name = _prepare(config)
-            with running_cluster(folder) as dashboard:
-                _deploy(config)
-                base_url = f"http://{'127.0.0.1' if http.host == '0.0.0.0' else http.host}:{http.port}"
-                _wait_until_ready(base_url)
-                seconds = time.monotonic() - started
-                console.print(
-                    f"[green]serving {escape(name)}[/green] at {base_url}/v1 after {seconds:.1f} s;"
-                    f" dashboard {dashboard}"
-                )
-                console.print(_first_request(base_url, name), markup=False)
-                try:
-                    while True:
-                        time.sleep(3600)
-                finally:
-                    console.print("stopping")
-    except KeyboardInterrupt:
-        return 0
-    except ConfigError as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}")
+
+    def run(folder: str) -> int:
+        try:
+            _serve(args, folder, console, started=started)
+        except ConfigError as error:
+            console.print(f"[red]error:[/red] {escape(str(error))}")
         return 2
+
+    status = supervised(run, prefix=FOLDER_PREFIX)
+    if status is not None:
+        return status
+    console.print("stopped")
+    return 0
+
+
+def _serve(args: argparse.Namespace, folder: str, console: Console, *, started: float) -> None:
+    """Raises ConfigError, or does not return."""
+    prepare_environment(folder)
+    config = _read_config(args.config)
+    http = config.http_options
+    http.port = args.port or http.port
+    http.host = args.host or http.host
+    _check_port(http.host, http.port)
+    name = _prepare(config)
+    dashboard = start_cluster(folder)
+    _deploy(config)
+    base_url = f"http://{'127.0.0.1' if http.host == '0.0.0.0' else http.host}:{http.port}"
+    _wait_until_ready(base_url)
+    seconds = time.monotonic() - started
+    console.print(
+        f"[green]serving {escape(name)}[/green] at {base_url}/v1 after {seconds:.1f} s; dashboard {dashboard}"
+    )
+    console.print(_first_request(base_url, name), markup=False)
+    while True:
+        time.sleep(3600)
 
 
 def _read_config(path: Path) -> ServeDeploySchema:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from flexpipe_serve.errors import ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError
-from flexpipe_serve.private_cluster import interruptible
+from flexpipe_serve.interrupts import interruptible
 
 _PLAIN_WIDTH = 200
 """A log file need not fold tables to 80 columns."""

@@ -22,10 +22,11 @@ def test_ctrl_c_leaves_nothing_and_another_ray_works_on(served: Served, other_ra
     assert served.complete("Once upon a time", num_tokens=5)
     # Other programs find a Ray on this machine by the links in its folder; none of them leads to ours.
     assert RAY_FOLDER.is_dir()
-    assert not list(RAY_FOLDER.glob(f"*_{served.process.pid}"))
+    pids = [process.pid for process in served.processes()]
+    assert not [link for pid in pids for link in RAY_FOLDER.glob(f"*_{pid}")]
     with nothing_left_of(served):
         assert served.stop(signal.SIGINT, whole_group=True) == 0
     log = served.log.read_text()
-    assert log.rstrip().endswith("stopping")
+    assert log.rstrip().endswith("stopped")
     assert "Traceback" not in log
     assert other_ray.get(pid.remote(), timeout=60) > 0
