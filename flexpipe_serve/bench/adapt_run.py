@@ -154,9 +154,12 @@ class AdaptSession:
         for record in late:
             await (await self.handle.refactoring(record.id)).cancel()
         deadline = time.monotonic() + _SETTLE_S
-        while not await self._is_settled(variant.boundaries):
+        while (reason := await self._unrest(variant.boundaries)) is not None:
             if time.monotonic() > deadline:
-                raise ConfigError(f"{self._url} has not come to rest with {variant.name} after {_SETTLE_S:.0f} s")
+                raise ConfigError(
+                    f"{self._url} has not come to rest with {variant.name} after {_SETTLE_S:.0f} s: {reason}; see"
+                    f" {self._log}"
+                )
             await asyncio.sleep(_POLL_S)
         # Pages and connections that the layout is the first to use.
         await self._wave([_WARM_UP] * 4, [self._warm_prompt] * 4, concurrency=2)
@@ -221,18 +224,25 @@ class AdaptSession:
         router_of(config)["user_config"]["planner"] = dict(planner)  # whole, so that nothing of a former one stays
         await deploy(config, url=self._url, log=self._log)
 
-    async def _is_settled(self, boundaries: tuple[int, ...]) -> bool:
+    async def _unrest(self, boundaries: tuple[int, ...]) -> str | None:
+        """What is still missing for the layout at rest, after doing something about it; None: nothing."""
         status = await self.handle.status()
         if status["config_error"] is not None:
             raise ConfigError(f"{self._url} refuses the layout {list(boundaries)}: {status['config_error']}")
-        if any(not record.is_over for record in await self.handle.refactorings()):
-            return False
-        if tuple(status["layout"]["boundaries"]) != boundaries:
+        records = await self.handle.refactorings()
+        if records and not records[-1].is_over:
+            return f"the refactoring {records[-1].id} is in the phase {records[-1].phase}"
+        present = tuple(status["layout"]["boundaries"])
+        if present != boundaries:
             with contextlib.suppress(RefactorBusyError):
                 await self.handle.refactor(boundaries=boundaries, reason="start of a run")
-            return False
+            error = records[-1].error if records else None
+            return f"the layout is {list(present)} ({error or 'nothing failed'})"
         look = look_at(status, at_s=0.0)
-        return look.num_running + look.num_waiting == 0 and len(status["warm_stages"]) >= self._num_warm
+        if look.num_running + look.num_waiting:
+            return f"{look.num_running + look.num_waiting} sequences are unfinished"
+        num_warm = len(status["warm_stages"])
+        return f"{num_warm} of {self._num_warm} warm stages are ready" if num_warm < self._num_warm else None
 
     async def _look(self, looks: list[Look], started_s: float) -> None:
         """Fill ``looks`` until cancelled."""

@@ -27,7 +27,7 @@ class Experiment(Protocol):
     async def run(self) -> None: ...
 
     def report(self) -> None:
-        """Print and write what there is, also after an interrupt."""
+        """Print and write what there is, also after an interrupt or an error."""
         ...
 
 
@@ -43,9 +43,11 @@ def run_experiment(make: Callable[[argparse.Namespace, Console], Experiment], ar
     try:
         experiment = make(args, console)
         with interruptible():
-            with contextlib.suppress(KeyboardInterrupt):
-                asyncio.run(experiment.run())
-            experiment.report()
+            try:
+                with contextlib.suppress(KeyboardInterrupt):
+                    asyncio.run(experiment.run())
+            finally:
+                experiment.report()
         return int(not experiment.is_good)
     except (ConfigError, EngineUnavailableError, InvalidRequestError, RefactorRefusedError) as error:
         console.print(f"[red]error:[/red] {escape(str(error))}")

@@ -8,28 +8,27 @@ want KV for many sequences, so layers must leave the stage that has little memor
 1. A first server, with plentiful KV, tells what weights, processes and KV blocks take. The fast stage's budget is what
    it takes with the layers from --boundary on, and KV for --sequences of the longest requests; the slow stage's is the
    one that never limits, up to the boundary that leaves the fast stage room for --growth times as many.
-2. On a second server with these budgets, every boundary of the sweep (--sweep; default: every second one from
-   --boundary to that one; and the even split) is measured with both kinds of request in a closed loop. A table says
-   where the best ones are.
+2. On a second server with these budgets, every boundary of the sweep (--sweep; default: --boundary, that one, and the
+   even split) is measured with --concurrency requests of each kind at once. A table says where the best ones are.
 3. Both kinds come one after the other, each at --load times what the best boundary for it sustains, to: the even split
    (balanced), the best static splits of both kinds, the planner with each policy (from the even split on), and
    PipeLive's own script, which begins with the first kind's best split and is told to change to the second's when the
-   requests change.
+   requests change. One server serves them all, in another order each time (see ``bench adapt``).
 
 The composite is PipeLive's mean of three scores: mean TTFT, mean TPOT and tokens/s, each in units of the best
-variant's. Requests of the first --lead-in seconds do not count.
+variant's. Its gain over the balanced split stands beside PipeLive's. Requests of the first --lead-in seconds do not
+count. The results so far are written after every run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 
 from rich.console import Console
 from rich.markup import escape
 
-from flexpipe_serve.bench.adapt import describe, policies
+from flexpipe_serve.bench.adapt import describe, in_turn, policies
 from flexpipe_serve.bench.adapt_report import TraceResult, Yardstick
 from flexpipe_serve.bench.adapt_run import AdaptSession, Variant
 from flexpipe_serve.bench.adapt_server import (
@@ -38,6 +37,7 @@ from flexpipe_serve.bench.adapt_server import (
     make_prompts,
     running_session,
     settings_of,
+    write_json,
 )
 from flexpipe_serve.bench.adapt_trace import WorkloadFacts
 from flexpipe_serve.bench.arrivals import Arrival
@@ -58,8 +58,6 @@ _LOOK_AT = 8
 """Requests of each kind, at once, while memory is looked at."""
 _LOOK_AT_OUTPUT = 16
 _NUM_ALONE = 2
-_ROUNDS_OF_SWEEP = 2
-"""Requests for each place of the closed loop."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,20 +72,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stages.add_argument("--growth", type=float, default=9.0, metavar="X", help="at the highest one (default 9)")
     stages.add_argument("--sweep", type=_numbers, metavar="LIST", help="boundaries to measure; see above")
     stages.add_argument(
-        "--policies", type=policies, default=("flexpipe", "gated"), metavar="LIST", help="of flexpipe,gated"
+        "--policies",
+        type=policies,
+        default=("gated",),
+        metavar="LIST",
+        help="of flexpipe,gated (default gated)",
     )
     load = parser.add_argument_group("load")
     load.add_argument(
-        "--first", type=_mix, default=_mix("256+2"), metavar="P+O", help="prompt + output (default 256+2)"
+        "--first", type=_mix, default=_mix("192+2"), metavar="P+O", help="prompt + output (default 192+2)"
     )
-    load.add_argument("--second", type=_mix, default=_mix("64+224"), metavar="P+O", help="likewise (64+224)")
+    load.add_argument("--second", type=_mix, default=_mix("32+96"), metavar="P+O", help="likewise (default 32+96)")
     load.add_argument("--load", type=float, default=0.9, metavar="X", help="of the best capacity (default 0.9)")
-    load.add_argument("--duration", type=float, default=90.0, metavar="S", help="of what counts (default 90)")
-    load.add_argument("--lead-in", type=float, default=10.0, metavar="S", help="before that (default 10)")
+    load.add_argument("--duration", type=float, default=20.0, metavar="S", help="of what counts (default 20)")
+    load.add_argument("--lead-in", type=float, default=3.0, metavar="S", help="before that (default 3)")
     load.add_argument("--cv", type=float, default=0.1, help="of the gaps between requests (default 0.1, as PipeLive)")
-    load.add_argument("--concurrency", type=positive_int, default=20, metavar="N", help="of the sweep (default 20)")
+    load.add_argument("--concurrency", type=positive_int, default=12, metavar="N", help="of the sweep (default 12)")
     load.add_argument("--slo-factor", type=float, default=5.0, metavar="X", help="times the latency alone (default 5)")
-    load.add_argument("--repeats", type=positive_int, default=1, metavar="N", help="of all variants (default 1)")
+    load.add_argument("--repeats", type=positive_int, default=2, metavar="N", help="of all variants (default 2)")
     load.add_argument("--only-sweep", action="store_true", help="measure the boundaries, and no more")
     add_server_arguments(parser)
 
@@ -150,7 +152,7 @@ class _Experiment:
             requests, prompts = self._both_kinds()
             await session.capacity(requests, prompts, concurrency=_LOOK_AT)
             even = (await session.handle.status())["layout"]["num_layers"] // 2
-            await self._sweep(session, sorted({*(args.sweep or (*range(plan.old, plan.new, 2), plan.new)), even}))
+            await self._sweep(session, sorted({*(args.sweep or (plan.old, plan.new)), even}))
             self._console.print(sweep_table(self._points, self._mixes))
             if not args.only_sweep:
                 if args.policies:
@@ -198,11 +200,12 @@ class _Experiment:
             await session.take(Variant(f"boundary {boundary}", (boundary,)))
             rates = {}
             for index, mix in enumerate(self._mixes):
-                requests = mix.requests(_ROUNDS_OF_SWEEP * concurrency)
+                requests = mix.requests(concurrency)
                 prompts = make_prompts(self._builder, requests, seed=(self._args.seed, 1 + index))
                 rates[mix.name] = await session.capacity(requests, prompts, concurrency=concurrency)
             num_blocks = (await session.handle.status())["kv"]["num_blocks"]
             self._points.append(SweepPoint(boundary, num_blocks, rates))
+            self._save()
             shown = ", ".join(f"{rate:.3f} requests/s of {name}" for name, rate in rates.items())
             self._console.print(f"boundary {boundary}: {num_blocks} KV blocks, {shown}")
 
@@ -238,26 +241,33 @@ class _Experiment:
             slo_factor=args.slo_factor,
         )
         for repeat in range(args.repeats):
-            for variant in variants if repeat % 2 == 0 else reversed(variants):
+            for variant in in_turn(variants, index=0, repeat=repeat):
                 run = await session.run(variant, workload, prompts, repeat=repeat)
                 result.runs.append(run)
                 self._console.print(escape(describe(run)))
+                self._save()
         result.differences = await compare_answers(result.runs, session, workload, prompts)
-        self._console.print(render(result, shift_s=args.lead_in + half_s))
 
     def report(self) -> None:
-        """JSON and picture of what was measured."""
+        """Tables, JSON and picture of what was measured."""
         args, result = self._args, self._result
+        if result is not None and result.runs:
+            self._console.print(render(result, shift_s=args.lead_in + args.duration / 2))
+        self._save()
         if args.json is not None and self._points:
-            data = {"version": 1, "settings": settings_of(args), "machine": machine()}
-            data |= to_json(self._points, result, shift_s=args.lead_in + args.duration / 2)
-            args.json.write_text(json.dumps(data) + "\n")
             self._console.print(f"wrote {args.json}")
         if args.plot is not None and result is not None and result.runs:
             from flexpipe_serve.bench.adapt_plot import save_plot  # only now: matplotlib takes its time to import
 
             save_plot(result, args.plot)
             self._console.print(f"wrote {args.plot}")
+
+    def _save(self) -> None:
+        args = self._args
+        if args.json is not None and self._points:
+            data = {"version": 1, "settings": settings_of(args), "machine": machine()}
+            data |= to_json(self._points, self._result, shift_s=args.lead_in + args.duration / 2)
+            write_json(data, args.json)
 
 
 def _mix(text: str) -> Mix:

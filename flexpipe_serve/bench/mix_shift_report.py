@@ -16,6 +16,9 @@ from flexpipe_serve.bench.mix_shift_plan import BALANCED, Mix, Scores, SweepPoin
 from flexpipe_serve.bench.report import spread_text
 from flexpipe_serve.bench.summary import Spread
 
+PUBLISHED_GAIN = 0.36
+"""PipeLive's composite over its balanced split, Llama on two unequal GPUs."""
+
 
 def sweep_table(points: Sequence[SweepPoint], mixes: Sequence[Mix]) -> Table:
     """Static splits under both kinds of request; the best of each is bold."""
@@ -56,12 +59,24 @@ def render(result: TraceResult, *, shift_s: float) -> Group:
     parts: list[Any] = [adapt_report.render(result)]
     if rounds:
         parts += [_composite_table(result, rounds), _phase_table(result, shift_s=shift_s)]
+        parts += [line for name in result.variants if (line := _gain_line(rounds, name)) is not None]
     return Group(*parts)
 
 
 def gain(rounds: Sequence[tuple[dict[str, Totals], dict[str, Scores]]], variant: str) -> Spread | None:
     """Composite over that of the balanced split, less 1."""
     return Spread.of(scores[variant].composite / scores[BALANCED].composite - 1 for _, scores in rounds)
+
+
+def _gain_line(rounds: Sequence[tuple[dict[str, Totals], dict[str, Scores]]], variant: str) -> str | None:
+    found = gain(rounds, variant)
+    if variant == BALANCED or found is None:
+        return None
+    color = "green" if found.median >= PUBLISHED_GAIN else "red"
+    return (
+        f"[{color}]{variant}: composite {found.median:+.0%} \\[{found.low:+.0%} to {found.high:+.0%}] over the balanced"
+        f" split[/] (PipeLive's paper: {PUBLISHED_GAIN:+.0%})"
+    )
 
 
 def _composite_table(result: TraceResult, rounds: Sequence[tuple[dict[str, Totals], dict[str, Scores]]]) -> Table:
