@@ -10,7 +10,8 @@ from dataclasses import replace
 from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.kv.domain import DomainFolder
 from flexpipe_serve.model.profile_steps import decodes, make_step, num_blocks_of
-from flexpipe_serve.pipeline.channel import ZmqInbox, ZmqOutlet
+from flexpipe_serve.pipeline.channel import Outlet
+from flexpipe_serve.pipeline.inbox import Inbox, connect
 from flexpipe_serve.pipeline.messages import FailureHeader, HiddenHeader, decode_header
 from flexpipe_serve.pipeline.process_host import ProcessStageHost
 from flexpipe_serve.pipeline.stage_types import Assignment, StageSetup, folder_key
@@ -37,9 +38,9 @@ def measure_hop(setup: StageSetup, *, num_layers: int, vocab_size: int, num_thre
     setup = replace(setup, domain_key=uuid.uuid4().hex)
     host = ProcessStageHost()
     folder = DomainFolder(folder_key(setup.domain_key, host.node))
-    inbox = ZmqInbox("router", folder=folder.path, node=host.node)
+    inbox = Inbox("router", folder=folder.path, node=host.node)
     stages = [host.launch(replace(setup, name=f"stage-{index}")) for index in range(2)]
-    outlets: list[ZmqOutlet] = []
+    outlets: list[Outlet] = []
     try:
         endpoints = [stage.report().result(_START_S).endpoint for stage in stages]
         rows = decodes(_NUM_SEQS, context=_CONTEXT)
@@ -56,7 +57,7 @@ def measure_hop(setup: StageSetup, *, num_layers: int, vocab_size: int, num_thre
         ]
         for future in ready:
             future.result(_START_S)
-        outlets = [ZmqOutlet(endpoint, node=host.node) for endpoint in endpoints]
+        outlets = [connect(endpoint, node=host.node) for endpoint in endpoints]
         seconds = []
         for step in range(1, _NUM_WARM_UP + _NUM_STEPS + 1):
             batch = make_step(

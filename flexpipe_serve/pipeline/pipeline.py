@@ -13,7 +13,8 @@ from flexpipe_serve.config import StageCpus
 from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.kv.domain import DomainFolder
 from flexpipe_serve.pipeline.budget import KVBudget, count_blocks, domain_budgets
-from flexpipe_serve.pipeline.channel import CurveKeys, Endpoint, Outlet, ZmqInbox, ZmqOutlet
+from flexpipe_serve.pipeline.channel import CurveKeys, Endpoint, Outlet
+from flexpipe_serve.pipeline.inbox import Inbox, connect
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.messages import Frame, StepBatch
 from flexpipe_serve.pipeline.stage_types import (
@@ -67,7 +68,7 @@ class Pipeline:
         self._on_lost = on_lost
         self._keys = keys
         self._folder = DomainFolder(folder_key(setup.domain_key, host.node))
-        self._inbox = ZmqInbox("router", folder=self._folder.path, node=host.node, keys=keys)
+        self._inbox = Inbox("router", folder=self._folder.path, node=host.node, keys=keys)
         self._stages: dict[str, StageHandle] = {}
         self._endpoints: dict[str, Endpoint] = {}
         self._computes: dict[str, str] = {}
@@ -299,7 +300,7 @@ class Pipeline:
 
     def connect(self, layout: Layout) -> dict[str, Outlet]:
         """Channels to every stage of ``layout``, for ``take_route``."""
-        return {name: ZmqOutlet(self._endpoints[name], node=self._host.node, keys=self._keys) for name in layout.stages}
+        return {name: connect(self._endpoints[name], node=self._host.node, keys=self._keys) for name in layout.stages}
 
     def _find_place(self, name: str) -> str | None:
         if self._keys is None:

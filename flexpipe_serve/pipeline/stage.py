@@ -18,8 +18,9 @@ from flexpipe_serve.kv.domain import DomainFolder, free_bytes, sweep_stale
 from flexpipe_serve.kv.stage_kv import StageKV
 from flexpipe_serve.pipeline.background import gently, in_background
 from flexpipe_serve.pipeline.cache_filler import CacheFiller
-from flexpipe_serve.pipeline.channel import Endpoint, Outlet, ZmqInbox, ZmqOutlet
+from flexpipe_serve.pipeline.channel import Endpoint, Outlet
 from flexpipe_serve.pipeline.compute import stage_speed
+from flexpipe_serve.pipeline.inbox import Inbox, connect
 from flexpipe_serve.pipeline.memory import available_bytes, private_bytes, work_bytes
 from flexpipe_serve.pipeline.stage_copies import StageCopies
 from flexpipe_serve.pipeline.stage_loop import StageLoop
@@ -46,7 +47,7 @@ class Stage:
         self._model = self.computer.model
         sweep_stale()
         self._folder = DomainFolder(folder_key(setup.domain_key, self.node))
-        self._inbox = ZmqInbox(setup.name, folder=self._folder.path, node=self.node, keys=setup.keys)
+        self._inbox = Inbox(setup.name, folder=self._folder.path, node=self.node, keys=setup.keys)
         self._kv = StageKV(
             self._folder,
             shape=self.computer.block_shape,
@@ -226,4 +227,4 @@ class Stage:
         return cache
 
     def _connect(self, endpoint: Endpoint) -> Outlet:
-        return ZmqOutlet(endpoint, node=self.node, keys=self.setup.keys)
+        return connect(endpoint, node=self.node, keys=self.setup.keys)

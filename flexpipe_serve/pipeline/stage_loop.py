@@ -18,8 +18,9 @@ from typing import TypeVar
 from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.kv.block_copies import copy_blocks
 from flexpipe_serve.kv.stage_kv import StageKV
-from flexpipe_serve.pipeline.channel import Inbox, Outlet
+from flexpipe_serve.pipeline.channel import Outlet
 from flexpipe_serve.pipeline.copy_worker import CopyWorker
+from flexpipe_serve.pipeline.inbox import Inbox
 from flexpipe_serve.pipeline.messages import (
     CopyHeader,
     FailureHeader,

@@ -188,7 +188,7 @@ class StepComputer:
         )
         positions = torch.from_numpy(_positions(batch))
         return self.model.forward(
-            given.tensor if given else torch.from_numpy(batch.token_ids).long().to(self.device),
+            given.tensor if given else torch.from_numpy(batch.token_ids.astype(np.int64)).to(self.device),
             layers=assignment.layers,
             is_first=assignment.is_first,
             positions=positions.to(self.device),

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from flexpipe_serve.kv.domain import DomainFolder
-from flexpipe_serve.pipeline.channel import Endpoint, ZmqInbox, ZmqOutlet
+from flexpipe_serve.pipeline.channel import Endpoint, Outlet
+from flexpipe_serve.pipeline.inbox import Inbox, connect
 from flexpipe_serve.pipeline.messages import (
     FailureHeader,
     ResultHeader,
@@ -71,10 +72,10 @@ class Harness:
             }
         )
         self.folder = DomainFolder(folder_key(self.setup.domain_key, NODE))
-        self.inbox = ZmqInbox("router", folder=self.folder.path, node=NODE)
+        self.inbox = Inbox("router", folder=self.folder.path, node=NODE)
         self.stages: dict[str, Stage] = {}
         self._threads: dict[str, threading.Thread] = {}
-        self.routes: dict[int, dict[str, ZmqOutlet]] = {}
+        self.routes: dict[int, dict[str, Outlet]] = {}
         self.next_step = 1
         self._free = list(range(NUM_BLOCKS))
 
@@ -112,7 +113,7 @@ class Harness:
         return self.stages[name].report().endpoint
 
     def connect(self, epoch: int, parts: Sequence[Part]) -> None:
-        self.routes[epoch] = {name: ZmqOutlet(self.endpoint(name), node=NODE) for name, _, _ in parts}
+        self.routes[epoch] = {name: connect(self.endpoint(name), node=NODE) for name, _, _ in parts}
 
     def start(self, *parts: Part, epoch: int = 1) -> None:
         """Bring a layout up."""
