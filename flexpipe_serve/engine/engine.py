@@ -35,6 +35,7 @@ from flexpipe_serve.pipeline.stage_types import StageReport
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
 from flexpipe_serve.placement.placements import Placements
 from flexpipe_serve.placement.topology import Topology, devices_for_planner
+from flexpipe_serve.planner.calibration import MeasuredStep
 from flexpipe_serve.planner.types import SchedulerLimits
 from flexpipe_serve.refactor.commands import Finish
 from flexpipe_serve.refactor.drainer import Drainer
@@ -234,6 +235,11 @@ class Engine:
             ),
             usable=() if topology is None else devices_for_planner(self._placer.in_order(topology)),
         )
+
+    def take_steps(self) -> list[MeasuredStep]:
+        """What steps on the layout in force took since the last call; none of a refactoring, which slows them down."""
+        steps = self._loop.samples.take(epoch=self._pipeline.epoch)
+        return [] if self.is_refactoring else steps
 
     @property
     def accepts(self) -> bool:

@@ -29,6 +29,7 @@ from flexpipe_serve.errors import InvalidRequestError, QueueFullError, RefactorB
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest, merge_drains
+from flexpipe_serve.planner.calibration import MeasuredStep
 from flexpipe_serve.planner.types import Decision
 from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
 
@@ -202,6 +203,11 @@ class Fleet:
             return None
         view = join_views(views)
         return dataclasses.replace(view, is_changing=True) if self._scaling.is_busy else view
+
+    def take_steps(self) -> list[MeasuredStep]:
+        """See Plannable.take_steps."""
+        first, *others = (engine.take_steps() for engine in self.engines)
+        return first if not others else []  # several pipelines may be cut in different ways
 
     async def drain(self, request: DrainRequest) -> DrainRecord:
         """See EngineClient.drain: all pipelines leave the node."""

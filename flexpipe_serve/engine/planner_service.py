@@ -16,11 +16,12 @@ from flexpipe_serve.config import PlannerConfig
 from flexpipe_serve.engine.planner_view import PipelineView, nodes_of
 from flexpipe_serve.engine.scale_record import ScaleRecord, ScaleRequest
 from flexpipe_serve.errors import EngineUnavailableError, RefactorBusyError
+from flexpipe_serve.planner.calibration import MeasuredStep, StepCalibration
 from flexpipe_serve.planner.demand import DemandMonitor, trigger_of
 from flexpipe_serve.planner.give_back import GiveBack
 from flexpipe_serve.planner.policy import Policy, make_policy
 from flexpipe_serve.planner.profile import ModelProfile
-from flexpipe_serve.planner.types import Decision, PlannerState, PlannerWeights, Split, Trigger, Verdict
+from flexpipe_serve.planner.types import Calibration, Decision, PlannerState, PlannerWeights, Split, Trigger, Verdict
 from flexpipe_serve.refactor.record import MAX_REASON_CHARS, RefactorRecord, RefactorRequest
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,10 @@ class Plannable(Protocol):
     async def scale(self, request: ScaleRequest) -> ScaleRecord: ...
 
     def refactoring(self, refactoring_id: str, /) -> RefactorRecord | None: ...
+
+    def take_steps(self) -> list[MeasuredStep]:
+        """What steps on the split in force took since the last call."""
+        ...
 
 
 class PlannerService:
@@ -67,6 +72,8 @@ class PlannerService:
         """Of KV that a refactoring copies."""
         self._make_policy = make_policy
         self._monitor = DemandMonitor()
+        self._calibration = StepCalibration()
+        self._calibrating = threading.Lock()
         self._watching = threading.Lock()
         self._deciding = threading.Lock()
         self._config = PlannerConfig()
@@ -132,8 +139,11 @@ class PlannerService:
         Raises:
             EngineUnavailableError: there is no pipeline, or no profile yet.
         """
+        view = self._pipelines.view()
+        if view is None:
+            raise EngineUnavailableError("the pipeline is not up.")
         config = self._config
-        return self._decide(self._make_policy(config.policy, _weights(config)), Trigger.ASKED)
+        return self._decide(view, self._make_policy(config.policy, _weights(config)), Trigger.ASKED)
 
     def decisions(self) -> list[Decision]:
         """The latest ones, the newest last."""
@@ -156,32 +166,38 @@ class PlannerService:
                 logger.exception("the planner met an error")
 
     def _look(self) -> None:
-        if self._is_changing():
+        if self._is_carrying_out():
+            return
+        view = self._pipelines.view()
+        if view is None or view.is_changing:
             return
         with self._deciding:
-            decision = self._give_back.judge(self._decide(self._policy, None), at=time.monotonic())
+            decision = self._give_back.judge(self._decide(view, self._policy, None), at=time.monotonic())
             mode = self._config.mode
         if decision.verdict is Verdict.MOVE and mode == "on":
             assert decision.chosen is not None
-            decision = self._carry_out(decision, decision.chosen)
+            decision = self._carry_out(decision, decision.chosen, view)
         self._decisions.append(decision)
 
-    def _is_changing(self) -> bool:
-        """Whether a refactoring runs, our own or another's; notes the end of our own."""
-        if self._refactoring_id is not None:
-            record = self._pipelines.refactoring(self._refactoring_id)
-            if record is not None and not record.is_over:
-                return True
-            self._refactoring_id = None
-            self._last_change_at = time.monotonic()
-        view = self._pipelines.view()
-        return view is None or view.is_changing
+    def _is_carrying_out(self) -> bool:
+        """Whether a refactoring of our own runs; notes its end."""
+        if self._refactoring_id is None:
+            return False
+        record = self._pipelines.refactoring(self._refactoring_id)
+        if record is not None and not record.is_over:
+            return True
+        self._refactoring_id = None
+        self._last_change_at = time.monotonic()
+        return False
 
-    def _decide(self, policy: Policy, trigger: Trigger | None) -> Decision:
-        view = self._pipelines.view()
-        if view is None:
-            raise EngineUnavailableError("the pipeline is not up.")
-        profile = self._get_profile()
+    def _calibrated(self, profile: ModelProfile, split: Split) -> tuple[ModelProfile, Calibration]:
+        """The profile as the pipeline's latest steps correct it."""
+        with self._calibrating:
+            self._calibration.note(profile, split, self._pipelines.take_steps())
+            return self._calibration.calibrated(profile), self._calibration.applied
+
+    def _decide(self, view: PipelineView, policy: Policy, trigger: Trigger | None) -> Decision:
+        profile, calibration = self._calibrated(self._get_profile(), view.split)
         now = time.monotonic()
         with self._watching:
             demand = self._monitor.demand(
@@ -207,9 +223,9 @@ class PlannerService:
         started = time.perf_counter()
         decision = policy.decide(profile, state)
         seconds = time.perf_counter() - started
-        return msgspec.structs.replace(decision, at=time.time(), decision_s=seconds)
+        return msgspec.structs.replace(decision, at=time.time(), decision_s=seconds, calibration=calibration)
 
-    def _carry_out(self, decision: Decision, chosen: Split) -> Decision:
+    def _carry_out(self, decision: Decision, chosen: Split, view: PipelineView) -> Decision:
         self._last_change_at = time.monotonic()
         current = decision.current.split
         reason = f"planner: {decision.sentence}"[:MAX_REASON_CHARS]
@@ -218,9 +234,7 @@ class PlannerService:
                 asyncio.run(self._pipelines.scale(ScaleRequest(pipelines=chosen.num_pipelines, reason=reason)))
                 self._note("planned", decision.sentence)
                 return decision
-            view = self._pipelines.view()
-            known = current.devices if view is None else view.devices
-            nodes = nodes_of(chosen, known=[device.node for device in known])
+            nodes = nodes_of(chosen, known=[device.node for device in view.devices])
             request = RefactorRequest(boundaries=chosen.boundaries, nodes=nodes, reason=reason)
             record = asyncio.run(self._pipelines.refactor(request))
         except (ValueError, RefactorBusyError, EngineUnavailableError) as error:  # refused, in one way or another

@@ -20,6 +20,7 @@ from flexpipe_serve.engine.request import Sequence as EngineSequence
 from flexpipe_serve.engine.request import SequenceUpdate
 from flexpipe_serve.engine.scheduler import Scheduler
 from flexpipe_serve.engine.step_costs import StepCosts
+from flexpipe_serve.engine.step_samples import StepSamples
 from flexpipe_serve.engine.stream import RequestStream
 from flexpipe_serve.engine.stream_table import StreamTable
 from flexpipe_serve.errors import EngineUnavailableError
@@ -62,7 +63,9 @@ class RetiredError(EngineUnavailableError):
 class _Sent:
     epoch: int
     time: float
-    num_tokens: int
+    batch: StepBatch
+    begun_at: float | None
+    """When the Router began its part of it; None where other steps were in flight."""
 
 
 class StepLoop:
@@ -96,6 +99,9 @@ class StepLoop:
         self._hold: Hold | None = None
         self.holds = HoldTimes()
         self.costs = StepCosts()
+        self.samples = StepSamples()
+        self._result_at: float | None = None
+        """When the result came that was taken last, until steps are sent after it."""
 
     # ------------------------------------------------------------------ for other threads
 
@@ -321,11 +327,13 @@ class StepLoop:
 
     def _fill_pipeline(self) -> None:
         """Keep as many steps in flight as the pipeline is deep; a sequence is in one at most."""
+        result_at, self._result_at = self._result_at, None
         if self._hold is not None:
             if self._hold.since is None and len(self._in_flight) < self._depth and self.scheduler.num_unfinished:
                 self._hold.since = time.monotonic()
             return
         while len(self._in_flight) < self._depth:
+            begun_at = None if self._in_flight else result_at or time.monotonic()
             batch = self.scheduler.schedule(
                 step=self._next_step,
                 epoch=self._link.epoch,
@@ -336,7 +344,7 @@ class StepLoop:
             )
             if batch is None:
                 return
-            self._in_flight[self._next_step] = _Sent(self._link.epoch, time.monotonic(), batch.header.num_tokens)
+            self._in_flight[self._next_step] = _Sent(self._link.epoch, time.monotonic(), batch, begun_at)
             self._last_sent[self._link.epoch] = self._next_step
             self._next_step += 1
             self._link.send(batch)
@@ -367,12 +375,15 @@ class StepLoop:
         now = time.monotonic()
         step_seconds = now - sent.time
         self._last_taken[header.epoch] = header.step
+        self._result_at = now
         if isinstance(header, ResultHeader):
             tokens = decode_tokens(frames[1])
             self.holds.add(header.held_seconds)
             self.holds.num_tokens += len(tokens)
             updates = self.scheduler.complete(header.step, tokens, now=now)
-            self.costs.note(sent.num_tokens, step_seconds, now=now)
+            self.costs.note(sent.batch.header.num_tokens, step_seconds, now=now)
+            begun_at = sent.begun_at if self._next_step == header.step + 1 else None
+            self.samples.note(sent.batch, header, seconds=None if begun_at is None else now - begun_at)
             self._metrics.on_step(step_seconds, header.stage_seconds, num_tokens=len(tokens))
             self._metrics.on_tokens(updates, now=now)
             for update in updates:

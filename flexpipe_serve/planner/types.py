@@ -90,6 +90,23 @@ class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of one step."""
 
 
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+    """What live steps say of the profile: by what its times are multiplied, and what comes on top."""
+
+    compute: float = 1.0
+    """Factor of all that stages compute."""
+    stage_s: float = 0.0
+    """On top, in each stage at each step."""
+    sample_s: float = 0.0
+    """On top, for each token that a step brings: Router, HTTP and proxy, where they use the stages' cores."""
+    hop: float = 1.0
+    """Factor of a message's time."""
+    router: float = 1.0
+    """Factor of the Router's own part of a step."""
+    num_steps: int = 0
+    """That say so."""
+
+
 class Verdict(StrEnum):
     STAY = "stay"
     MOVE = "move"
@@ -139,6 +156,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """Why, with the numbers that decided."""
     decision_s: float = 0.0
     """Time it took."""
+    calibration: Calibration = Calibration()
+    """What predictions are corrected by, all candidates' alike."""
     refactoring_id: str | None = None
     """Of what came of it."""
 

@@ -9,6 +9,7 @@ from flexpipe_serve.engine.request import Sequence as EngineSequence
 from flexpipe_serve.engine.request import SequenceUpdate
 from flexpipe_serve.engine.scheduler import Scheduler
 from flexpipe_serve.engine.scheduler_config import SchedulerConfig
+from flexpipe_serve.engine.step_samples import step_shape
 from flexpipe_serve.pipeline.messages import StepBatch
 from flexpipe_serve.planner.memory import slices_of
 from flexpipe_serve.planner.profile import ModelProfile, StepShape
@@ -17,20 +18,6 @@ from flexpipe_serve.simulate.events import EventQueue, Server
 
 BLOCK_SIZE = 16
 """Tokens; the server's default on a CPU."""
-
-
-def step_shape(batch: StepBatch) -> StepShape:
-    """What of a step its time depends on."""
-    new = batch.num_new.astype(float)
-    computed = batch.num_computed.astype(float)
-    decodes = batch.num_new == 1
-    chunks = ~decodes
-    return StepShape(
-        num_tokens=float(new.sum()),
-        num_samples=len(batch.header.samples),
-        num_context_tokens=float((computed + 1)[decodes].sum()),
-        num_pairs=float((new * computed + new * (new + 1) / 2)[chunks].sum()),
-    )
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import msgspec
 import pytest
+from planner_cases import make_profile
 
 from flexpipe_serve.config import PlannerConfig
 from flexpipe_serve.engine.planner_service import PlannerService
 from flexpipe_serve.engine.planner_view import PipelineView
 from flexpipe_serve.errors import EngineUnavailableError, RefactorRefusedError
+from flexpipe_serve.planner.calibration import MeasuredStep
+from flexpipe_serve.planner.profile import ModelProfile, StepShape
 from flexpipe_serve.planner.types import (
     CandidateScore,
     Decision,
@@ -25,6 +27,7 @@ from flexpipe_serve.planner.types import (
 from flexpipe_serve.refactor.record import Mode, Outcome, Phase, RefactorPlan, RefactorRecord, RefactorRequest
 
 WAIT_S = 10.0
+PROFILE = make_profile()
 DEVICE = StageDevice(name="a", node="a", compute="a", domain="a", memory_bytes=1)
 ONE, TWO = Split(boundaries=(), devices=(DEVICE,)), Split(boundaries=(2,), devices=(DEVICE, DEVICE))
 PREDICTION = Prediction(ttft_s=1, tpot_s=1, latency_s=1, max_rate=1, utilisation=0.5, num_kv_tokens=1)
@@ -57,6 +60,7 @@ class Pipelines:
         self.requests: list[RefactorRequest] = []
         self.asked = threading.Event()
         self.looked = threading.Semaphore(0)
+        self.steps: list[MeasuredStep] = []
 
     def view(self) -> PipelineView | None:
         self.looked.release()
@@ -73,6 +77,10 @@ class Pipelines:
             num_prefix_hit_tokens=5,
             is_changing=self.is_changing,
         )
+
+    def take_steps(self) -> list[MeasuredStep]:
+        steps, self.steps = self.steps, []
+        return steps
 
     async def refactor(self, request: RefactorRequest) -> RefactorRecord:
         self.requests.append(request)
@@ -100,9 +108,11 @@ class Merges:
 
     def __init__(self) -> None:
         self.states: list[PlannerState] = []
+        self.profiles: list[ModelProfile] = []
 
-    def decide(self, profile: Any, state: PlannerState) -> Decision:
+    def decide(self, profile: ModelProfile, state: PlannerState) -> Decision:
         self.states.append(state)
+        self.profiles.append(profile)
         moves = state.current != ONE
         score = CandidateScore(split=state.current, prediction=PREDICTION, score=1.0)
         return Decision(
@@ -125,7 +135,7 @@ class Bench:
         self.events: list[tuple[str, str]] = []
         self.service = PlannerService(
             self.pipelines,
-            get_profile=lambda: None,  # type: ignore[arg-type,return-value]
+            get_profile=lambda: PROFILE,
             note=lambda kind, message: self.events.append((kind, message)),
             make_policy=lambda name, weights: self.policy,
         )
@@ -146,7 +156,7 @@ def bench():
 def test_on_it_moves_once_and_says_so(bench: Bench) -> None:
     bench.service.configure(PlannerConfig(mode="on", interval_s=0.1))
     assert bench.pipelines.asked.wait(WAIT_S)
-    bench.wait_for_looks(6)
+    bench.wait_for_looks(3)
     assert [request.boundaries for request in bench.pipelines.requests] == [()]
     assert bench.pipelines.requests[0].reason == "planner: One stage has no hops."
     assert bench.events == [("planned", "r: One stage has no hops.")]
@@ -160,7 +170,7 @@ def test_on_it_moves_once_and_says_so(bench: Bench) -> None:
 
 def test_observe_records_and_touches_nothing(bench: Bench) -> None:
     bench.service.configure(PlannerConfig(mode="observe", interval_s=0.1))
-    bench.wait_for_looks(6)
+    bench.wait_for_looks(3)
     assert bench.pipelines.requests == []
     assert {decision.verdict for decision in bench.service.decisions()} == {Verdict.MOVE}
 
@@ -188,6 +198,22 @@ def test_demand_reaches_the_policy(bench: Bench) -> None:
     assert state.migration_bytes_per_s == 1e6
 
 
+def test_what_steps_take_goes_into_the_profile(bench: Bench) -> None:
+    first = bench.service.plan()
+    assert first.calibration.num_steps == 0
+    assert bench.policy.profiles[-1] == PROFILE
+    shape = StepShape(num_tokens=8, num_samples=8)
+    compute_s = PROFILE.stage_seconds(0, 2, shape) + PROFILE.stage_seconds(2, 30, shape)
+    bench.pipelines.steps = [MeasuredStep(shape=shape, compute_s=1.5 * compute_s, outside_s=None)] * 64
+    decision = bench.service.plan()
+    assert decision.calibration.num_steps == 64
+    assert bench.pipelines.steps == []
+    slower = bench.policy.profiles[-1]
+    assert slower.stage_seconds(0, 2, shape) + slower.stage_seconds(2, 30, shape) == pytest.approx(
+        1.5 * compute_s, rel=0.03
+    )
+
+
 def test_switched_on_it_starts_with_nothing_seen(bench: Bench) -> None:
     bench.service.on_arrival(num_prompt_tokens=40)
     bench.service.configure(PlannerConfig(mode="on", interval_s=0.1))
@@ -207,7 +233,7 @@ def test_switched_on_it_starts_with_nothing_seen(bench: Bench) -> None:
 def test_a_refusal_is_an_event_and_starts_the_cool_down(bench: Bench) -> None:
     bench.pipelines.refuses = True
     bench.service.configure(PlannerConfig(mode="on", interval_s=0.1))
-    bench.wait_for_looks(6)
+    bench.wait_for_looks(3)
     bench.service.stop()
     assert bench.events[0] == ("plan_refused", "One stage has no hops. But: no room.")
     assert bench.policy.states[-1].last_change_at is not None
