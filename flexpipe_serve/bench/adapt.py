@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--policies", type=policies, default=POLICIES, metavar="LIST", help="of flexpipe,gated (default: both)"
     )
-    what.add_argument("--start", type=positive_int, default=2, metavar="N", help="stages of policies (default 2)")
+    what.add_argument("--start", type=positive_int, default=1, metavar="N", help="stages of policies (default 1)")
     what.add_argument("--warm-stages", type=int, default=1, metavar="N", help="empty stages kept ready (default 1)")
     load = parser.add_argument_group("load")
     load.add_argument(
@@ -143,8 +143,6 @@ class _Bench:
 
             statics = [Variant(f"static {num}", even(num)) for num in args.stages]
             policies = [Variant(policy, even(args.start), policy) for policy in args.policies]
-            if policies:
-                await session.wait_for_profile(self._console.print)
             await self._measure(session, statics)
             variants = [*statics, *policies]
             for repeat in range(args.repeats):
@@ -162,6 +160,8 @@ class _Bench:
             await session.take(variant)
             capacity[variant.name] = await session.capacity(equal, prompts, concurrency=args.concurrency)
             self._console.print(f"{variant.name} sustains {capacity[variant.name]:.2f} requests/s")
+            if args.policies:
+                await session.have_planned(self._console.print)
         best = max(statics, key=lambda variant: capacity[variant.name])
         await session.take(best)
         alone = await session.alone(equal[:_NUM_ALONE], prompts[:_NUM_ALONE])

@@ -120,8 +120,9 @@ class AdaptSession:
         self._num_warm = int(router_of(config)["user_config"].get("warm_stages", 0))
         self._is_planning = False
 
-    async def wait_for_profile(self, say: Callable[[str], None]) -> None:
-        """Until the planner can plan: at a first start it measures the model, and that must disturb no run.
+    async def have_planned(self, say: Callable[[str], None]) -> None:
+        """Have the planner look: it learns from the latest steps what its profile leaves out, so that the first policy
+        knows as much as the next. At a first start it measures the model, which is waited for: it must disturb no run.
 
         Raises:
             ConfigError: it cannot after some minutes.

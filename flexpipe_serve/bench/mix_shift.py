@@ -155,8 +155,6 @@ class _Experiment:
             await self._sweep(session, sorted({*(args.sweep or (plan.old, plan.new)), even}))
             self._console.print(sweep_table(self._points, self._mixes))
             if not args.only_sweep:
-                if args.policies:
-                    await session.wait_for_profile(self._console.print)
                 await self._compare(session, even)
         self._is_whole = True
 
@@ -203,6 +201,8 @@ class _Experiment:
                 requests = mix.requests(concurrency)
                 prompts = make_prompts(self._builder, requests, seed=(self._args.seed, 1 + index))
                 rates[mix.name] = await session.capacity(requests, prompts, concurrency=concurrency)
+            if self._args.policies and not self._args.only_sweep:
+                await session.have_planned(self._console.print)
             num_blocks = (await session.handle.status())["kv"]["num_blocks"]
             self._points.append(SweepPoint(boundary, num_blocks, rates))
             self._save()
