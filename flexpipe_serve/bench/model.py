@@ -4,7 +4,8 @@ One server is refactored from split to split. On each, requests of one length co
 loop), and then as many at once as are served together: that tells the capacity. Each wave is compared with what the
 model predicts from the machine's profile for the arrivals as they came: mean time to first token, time per output
 token, latency, and requests/s of the last wave against the predicted capacity. The same arrivals come to every split,
-each time with new prompts.
+each time with new prompts. As in the planner, the profile is corrected by what the server's steps have taken so far:
+before a wave, so that nothing is predicted from what it is compared with; not with ``--profile``.
 
 The rates are shares of the capacity that the model predicts for the first split, unless ``--rate`` gives them. A
 profile that is missing is measured first; nothing else should run on the machine.
@@ -33,7 +34,7 @@ from flexpipe_serve.model.source import resolve_source
 from flexpipe_serve.pipeline.layout import even_boundaries
 from flexpipe_serve.planner.latency import predict
 from flexpipe_serve.planner.profile import ModelProfile
-from flexpipe_serve.planner.types import Split, StageDevice
+from flexpipe_serve.planner.types import SchedulerLimits, Split, StageDevice
 
 _LOADS = (0.3, 0.55, 0.8)
 _PLENTY = 1 << 50
@@ -106,7 +107,7 @@ class _Experiment:
         """All waves on all splits."""
         load = self._load
         self._console.print(
-            f"{', '.join(f'{rate:.2f}' for rate in load.rates)} requests/s and {load.num_at_once} at once, on"
+            f"{', '.join(f'{rate:.2f}' for rate in load.rates)} requests/s and {load.limits.max_num_seqs} at once, on"
             f" {', '.join(map(str, self._args.stages))} stages (log of the server: {self._log})"
         )
         await measure(
@@ -117,6 +118,7 @@ class _Experiment:
             builder=PromptBuilder(self._path),
             log=self._log,
             on_point=self._on_point,
+            calibrate=self._args.profile is None,
         )
 
     def _on_point(self, point: Point) -> None:
@@ -161,17 +163,21 @@ def _profile(args: argparse.Namespace, serve_args: ServeArgs, path: Path, consol
 
 def _load(args: argparse.Namespace, serve_args: ServeArgs, profile: ModelProfile) -> Load:
     rates = tuple(args.rate or ())
+    limits = SchedulerLimits(
+        max_num_seqs=serve_args.scheduler.max_num_seqs,
+        max_num_batched_tokens=serve_args.scheduler.max_num_batched_tokens,
+    )
     if not rates:
         everything = [Arrival(0.0, args.prompt_tokens, args.output_tokens)]
         split = _first_split(args.stages[0], profile)
-        max_rate = predict(profile, split, demand_of(everything, rate=None)).max_rate
+        max_rate = predict(profile, split, demand_of(everything, rate=None), limits=limits).max_rate
         rates = tuple(share * max_rate for share in args.load)
     if min(rates) <= 0:
         raise ConfigError(f"the lowest rate is {min(rates)} requests/s; rates and loads must be above 0.")
     return Load(
         rates=rates,
         seconds=args.seconds,
-        num_at_once=serve_args.scheduler.max_num_seqs,
+        limits=limits,
         num_prompt_tokens=args.prompt_tokens,
         num_output_tokens=args.output_tokens,
         seed=args.seed,

@@ -9,9 +9,10 @@ import numpy as np
 from flexpipe_serve.bench.arrivals import Arrival
 from flexpipe_serve.bench.summary import Summary, summarize
 from flexpipe_serve.bench.wave import Wave
+from flexpipe_serve.planner.calibration import apply
 from flexpipe_serve.planner.latency import predict
 from flexpipe_serve.planner.profile import ModelProfile
-from flexpipe_serve.planner.types import Demand, Prediction, Split, StageDevice
+from flexpipe_serve.planner.types import Calibration, Demand, Prediction, SchedulerLimits, Split, StageDevice
 
 METRICS = {"ttft_s": "TTFT", "tpot_s": "TPOT", "latency_s": "latency", "requests_per_s": "throughput"}
 """Names of figures, and how reports call them. A saturated point has the last one alone."""
@@ -27,6 +28,7 @@ class Point:
         demand: as it came.
         prediction: of the latency model.
         wave: what was measured.
+        calibration: that the prediction was made with.
     """
 
     boundaries: tuple[int, ...]
@@ -34,6 +36,7 @@ class Point:
     demand: Demand
     prediction: Prediction
     wave: Wave
+    calibration: Calibration
 
     @property
     def num_stages(self) -> int:
@@ -73,15 +76,26 @@ class Point:
 
 
 def predict_point(
-    profile: ModelProfile, split: Split, arrivals: Sequence[Arrival], *, rate: float | None, wave: Wave
+    profile: ModelProfile,
+    split: Split,
+    arrivals: Sequence[Arrival],
+    *,
+    rate: float | None,
+    wave: Wave,
+    limits: SchedulerLimits | None = None,
+    calibration: Calibration | None = None,
 ) -> Point:
     """The point of a wave.
 
     Args:
         rate: at which the arrivals were drawn; None: they came all at once.
+        limits: of the server's scheduler.
+        calibration: what the server had learnt before the wave.
     """
     demand = demand_of(arrivals, rate=rate)
-    return Point(split.boundaries, rate, demand, predict(profile, split, demand), wave)
+    calibration = calibration or Calibration()
+    prediction = predict(apply(calibration, profile), split, demand, limits=limits)
+    return Point(split.boundaries, rate, demand, prediction, wave, calibration)
 
 
 def demand_of(arrivals: Sequence[Arrival], *, rate: float | None) -> Demand:

@@ -63,6 +63,7 @@ def to_json(points: Sequence[Point], *, profile: ModelProfile, settings: dict[st
                 "errors": {name: _finite(value) for name, value in point.errors.items()},
                 "utilisation": _finite(point.prediction.utilisation),
                 "max_rate": point.prediction.max_rate,
+                "calibration": msgspec.to_builtins(point.calibration),
                 "summary": asdict(point.summary),
             }
             for point in points

@@ -15,9 +15,10 @@ from flexpipe_serve.bench.server import running_server
 from flexpipe_serve.bench.wave import run_wave
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.planner.profile import ModelProfile
+from flexpipe_serve.planner.types import SchedulerLimits
 from flexpipe_serve.transport import HttpTransport
 
-_NUM_WARM_UP, _WARM_UP_TOKENS = 4, 16
+_NUM_WARM_UP, _WARM_UP_TOKENS = 16, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Load:
     Args:
         rates: requests/s, one wave each on every split.
         seconds: of a wave.
-        num_at_once: requests of the wave that saturates a split.
+        limits: of the server's scheduler; as many requests as it runs at once saturate a split.
         num_prompt_tokens: of a request.
         num_output_tokens: of a request.
         seed: of arrivals and prompts.
@@ -36,7 +37,7 @@ class Load:
 
     rates: tuple[float, ...]
     seconds: float
-    num_at_once: int
+    limits: SchedulerLimits
     num_prompt_tokens: int
     num_output_tokens: int
     seed: int
@@ -44,7 +45,7 @@ class Load:
 
     def arrivals(self, rate: float | None) -> list[Arrival]:
         """Of one wave: the same on every split."""
-        num = self.num_at_once if rate is None else max(2, round(rate * self.seconds))
+        num = self.limits.max_num_seqs if rate is None else max(2, round(rate * self.seconds))
         return gamma_arrivals(
             num,
             rate=float("inf") if rate is None else rate,
@@ -64,6 +65,7 @@ async def measure(
     builder: PromptBuilder,
     log: Path,
     on_point: Callable[[Point], None],
+    calibrate: bool,
 ) -> None:
     """All waves on all splits.
 
@@ -73,6 +75,7 @@ async def measure(
         stages: numbers of stages, in the order of measuring; layers are split evenly.
         log: of the server.
         on_point: called with each point as it is there.
+        calibrate: predict each wave with what the server has learnt from its steps before it.
 
     Raises:
         ConfigError: the server does not come up, cannot be split like that, or a warm-up request fails.
@@ -90,8 +93,18 @@ async def measure(
                     prompts = build_prompts(builder, arrivals, seed=seed, ids=False)
                     if wave_index == 0:
                         await _warm_up(target, builder, load, seed=(*seed, 2))
+                    calibration = (await handle.plan()).calibration if calibrate else None
                     wave = await run_wave(target, arrivals, prompts, concurrency=None, timeout_s=load.timeout_s)
-                    on_point(predict_point(profile, split, arrivals, rate=rate, wave=wave))
+                    point = predict_point(
+                        profile,
+                        split,
+                        arrivals,
+                        rate=rate,
+                        wave=wave,
+                        limits=load.limits,
+                        calibration=calibration,
+                    )
+                    on_point(point)
 
 
 async def _refactored(handle: AsyncHandle, num_stages: int) -> dict[str, Any]:
@@ -107,7 +120,7 @@ async def _refactored(handle: AsyncHandle, num_stages: int) -> dict[str, Any]:
 async def _warm_up(target: Target, builder: PromptBuilder, load: Load, *, seed: Sequence[int]) -> None:
     arrivals = [Arrival(0.0, load.num_prompt_tokens, _WARM_UP_TOKENS)] * _NUM_WARM_UP
     prompts = build_prompts(builder, arrivals, seed=seed, ids=False)
-    wave = await run_wave(target, arrivals, prompts, concurrency=2, timeout_s=load.timeout_s)
+    wave = await run_wave(target, arrivals, prompts, concurrency=_NUM_WARM_UP // 2, timeout_s=load.timeout_s)
     for request in wave.requests:
         if request.error is not None:
             raise ConfigError(f"a warm-up request to {target.url} failed: {request.error}")

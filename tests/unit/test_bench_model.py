@@ -20,6 +20,7 @@ from flexpipe_serve.bench.model_run import Load
 from flexpipe_serve.bench.wave import Wave
 from flexpipe_serve.cli import main
 from flexpipe_serve.planner.latency import predict
+from flexpipe_serve.planner.types import Calibration, SchedulerLimits
 
 PROFILE = profile_of()
 WAVE = Wave("flexpipe", 0.0, (request(0.0, 0.5, 0.6, 0.7), request(1.0, 1.1, 1.3, 1.5)), client_cpu_s=0.0)
@@ -83,7 +84,7 @@ def test_a_rate_beyond_the_predicted_capacity_is_told() -> None:
     point = point_of(2.0)
     demand = msgspec.structs.replace(point.demand, rate=1e6)
     split = split_of(status_of(overheads=(0,)), PROFILE)
-    beyond = Point((), 1e6, demand, predict(PROFILE, split, demand), WAVE)
+    beyond = Point((), 1e6, demand, predict(PROFILE, split, demand), WAVE, Calibration())
     assert math.isinf(beyond.errors["ttft_s"])
     output = io.StringIO()
     Console(file=output, width=200).print(render([point, point_of(None), beyond]))
@@ -94,7 +95,15 @@ def test_a_rate_beyond_the_predicted_capacity_is_told() -> None:
 
 
 def test_every_split_gets_the_same_arrivals() -> None:
-    load = Load(rates=(2.0,), seconds=10, num_at_once=7, num_prompt_tokens=8, num_output_tokens=4, seed=3, timeout_s=1)
+    load = Load(
+        rates=(2.0,),
+        seconds=10,
+        limits=SchedulerLimits(max_num_seqs=7),
+        num_prompt_tokens=8,
+        num_output_tokens=4,
+        seed=3,
+        timeout_s=1,
+    )
     assert load.arrivals(2.0) == load.arrivals(2.0)
     assert len(load.arrivals(2.0)) == 20
     assert [arrival.at_s for arrival in load.arrivals(None)] == [0.0] * 7
@@ -108,3 +117,13 @@ def test_a_rate_of_zero_is_refused(tmp_path: Any, capsys: pytest.CaptureFixture[
     code = main(["bench", "model", "--config", str(config), "--profile", str(profile), "--rate", "1", "0"])
     assert code == 2
     assert "lowest rate is 0.0" in capsys.readouterr().out
+
+
+def test_a_point_is_predicted_with_what_was_learnt_before_it() -> None:
+    split = split_of(status_of(3, overheads=(1, 2)), PROFILE)
+    plain = predict_point(PROFILE, split, ARRIVALS, rate=None, wave=WAVE)
+    slower = predict_point(PROFILE, split, ARRIVALS, rate=None, wave=WAVE, calibration=Calibration(compute=2.0))
+    few = predict_point(PROFILE, split, ARRIVALS, rate=None, wave=WAVE, limits=SchedulerLimits(max_num_seqs=1))
+    assert slower.prediction.max_rate < 0.7 * plain.prediction.max_rate
+    assert few.prediction.max_rate < plain.prediction.max_rate
+    assert to_json([slower], profile=PROFILE, settings={})["points"][0]["calibration"]["compute"] == 2.0
