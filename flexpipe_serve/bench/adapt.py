@@ -6,9 +6,10 @@ For each trace the same requests, in the same order, are sent to one server as e
 * the planner with FlexPipe's policy, and with the gated one (--policies), both from --start stages on,
 
 one after the other. Between two runs the server is brought to the next one's layout by a refactoring and comes to rest;
-a policy is switched on then, and has seen nothing. All traces are run through before the next of --repeats begins, the
-order of the variants is another for each trace, and is reversed every second time: so a machine that gets slower or
-faster favours none. The prefix cache is off, for the requests are the same every time.
+a policy is switched on then, and has seen nothing. All traces are run through before the next of --repeats begins, and
+the order of the variants is reversed from trace to trace and from repetition to repetition: so a machine that gets
+slower or faster favours none, and layouts change seldom. The prefix cache is off, for the requests are the same every
+time.
 
 The load suits the machine: at first each static layout is measured in a closed loop (--concurrency), with requests of
 the mean lengths, and the best one again with each recorded trace's lengths. A trace's mean rate is --load times that.
@@ -256,10 +257,8 @@ class _Bench:
 
 
 def in_turn(variants: Sequence[Variant], *, index: int, repeat: int) -> list[Variant]:
-    """The order of the variants: each trace begins with another one, and every second repetition is reversed."""
-    first = index % len(variants)
-    order = [*variants[first:], *variants[:first]]
-    return order if repeat % 2 == 0 else order[::-1]
+    """The order of the variants in a trace's repetition, by the number of stages at the start: to and fro."""
+    return sorted(variants, key=lambda variant: len(variant.boundaries))[:: 1 if (index + repeat) % 2 == 0 else -1]
 
 
 def describe(run: AdaptRun) -> str:
