@@ -41,8 +41,8 @@ the number of blocks never changes during a copy. Whoever holds a giver or a tak
 class KVGiver:
     """Source side of one copy.
 
-    The loop calls :meth:`on_step` after every step of ``old_epoch`` and sends what it returns before anything else; in
-    idle moments, and now and then where there are none, :meth:`next_chunk`.
+    The loop calls :meth:`on_step` after every step of ``old_epoch``, or :meth:`on_steps` after some, and sends what it
+    returns before anything else; in idle moments, and now and then where there are none, :meth:`next_chunk`.
     """
 
     def __init__(self, header: CopyHeader, blocks: Int32, *, source: str, last_step: int, kv: KVOfLayer) -> None:
@@ -81,16 +81,31 @@ class KVGiver:
 
     def on_step(self, step: int, batch: StepBatch | None) -> list[Frame]:
         """The patch of a step of the old epoch that was just executed; None: it was dropped and wrote nothing that
-        counts. There is a patch for every step, so that ``through_step`` advances."""
-        assert step > self._last_step, f"step {step} after step {self._last_step}"
-        self._last_step = step
-        places = np.empty(0, np.int64)
-        if batch is not None:
-            assert not batch.header.copies, "blocks are moved down before a copy begins, never during one"
-            block_size = self._rows.block_size
-            written = places_of_new_tokens(batch.num_computed, batch.num_new, batch.block_tables, block_size=block_size)
-            places = self._snapshot.without_pending(written, block_size=block_size)
+        counts. Every step is in some patch, so that ``through_step`` advances."""
+        return self.on_steps([(step, batch)])
+
+    def on_steps(self, steps: Sequence[tuple[int, StepBatch | None]]) -> list[Frame]:
+        """One patch for some steps that follow one another, as they left the KV together."""
+        block_size = self._rows.block_size
+        written = [np.empty(0, np.int64)]
+        for step, batch in steps:
+            assert step > self._last_step, f"step {step} after step {self._last_step}"
+            self._last_step = step
+            if batch is not None:
+                assert not batch.header.copies, "blocks are moved down before a copy begins, never during one"
+                written.append(
+                    places_of_new_tokens(batch.num_computed, batch.num_new, batch.block_tables, block_size=block_size)
+                )
+        places = np.concatenate(written)
+        if len(steps) > 1:
+            places = np.unique(places)  # a block that was freed may have been written twice
+        places = self._snapshot.without_pending(places, block_size=block_size)
         return self._message(self._layers, places, is_snapshot=False)
+
+    @property
+    def is_last_chunk(self) -> bool:
+        """The next snapshot message is the last: all steps so far are to be in patches before it."""
+        return self._snapshot.is_last
 
     def next_chunk(self, now: float) -> list[Frame] | None:
         """The next snapshot message; None where :meth:`ready_at` is later than ``now`` or None."""
@@ -133,7 +148,8 @@ class KVGiver:
 class KVTaker:
     """Target side of one copy.
 
-    For every message the loop calls :meth:`apply` and sends :meth:`ack` back, also where the number was a repeated one.
+    For every message the loop calls :meth:`apply`, and after a snapshot's it sends :meth:`ack` back, also where the
+    number was a repeated one.
     """
 
     def __init__(self, *, epoch: int, source: str, target: str, layers: Sequence[int], kv: KVOfLayer) -> None:

@@ -20,7 +20,8 @@ class CopyWorker:
 
     Reading later than the loop executed is safe. A block leaves the pending set before it is read, and the steps of
     which the worker has not heard by then are mirrored behind it on the same channel: what they write while it reads
-    comes once more. And the rows of a step are only written again by a step behind it, whose patch follows.
+    comes once more. And the rows of a step are only written again by a step behind it, whose patch follows; so the
+    rows of several steps may be read together.
 
     Args:
         on_applied: called in the worker's thread when patches for an epoch were applied.
@@ -44,7 +45,8 @@ class CopyWorker:
     def on_step(self, epoch: int, step: int, batch: StepBatch | None) -> None:
         """See StageCopies.on_step."""
         if self._is_giving:
-            self._tasks.put(lambda: self._copies.on_step(epoch, step, batch))
+            now = time.monotonic()
+            self._tasks.put(lambda: self._copies.on_step(epoch, step, batch, now=now))
 
     def on_ack(self, header: PatchAckHeader) -> None:
         """See StageCopies.on_ack."""

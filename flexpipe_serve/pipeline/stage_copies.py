@@ -6,11 +6,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from flexpipe_serve.errors import CopyError
+from flexpipe_serve.kv.copy_rate import CopyRate
 from flexpipe_serve.kv.stage_kv import StageKV
 from flexpipe_serve.kv.transfer import KVGiver, KVTaker
 from flexpipe_serve.pipeline.channel import Endpoint, Outlet
@@ -18,12 +19,16 @@ from flexpipe_serve.pipeline.messages import CopyHeader, Frame, PatchAckHeader, 
 from flexpipe_serve.pipeline.stage_types import Assignment
 
 logger = logging.getLogger(__name__)
+_STEPS_AT_ONCE = 8
+"""In one patch while the snapshot is on its way: nobody waits for it, and each message costs both stages time."""
 
 
 @dataclass
 class _Giving:
     giver: KVGiver
     outlet: Outlet
+    steps: list[tuple[int, StepBatch | None]] = field(default_factory=list)
+    """Executed, and in no patch so far."""
 
 
 @dataclass
@@ -50,6 +55,8 @@ class StageCopies:
         self._connect = connect
         self._giving: dict[tuple[int, str], _Giving] = {}
         """By new epoch and target."""
+        self._rate: CopyRate | None = None
+        """Of all that is given; None while nothing is."""
         self._taking: dict[int, dict[str, _Taking]] = {}
         """By new epoch and source."""
         self._num_bytes: dict[int, tuple[int, int]] = {}
@@ -81,7 +88,8 @@ class StageCopies:
             return
         try:
             taking.taker.apply(header, buffers)
-            taking.outlet.send(taking.taker.ack())
+            if header.is_snapshot:
+                taking.outlet.send(taking.taker.ack())
         except Exception as error:  # process edge: a broken copy must not take the stage with it
             logger.exception("%s: the copy from %s is broken", self._stage, header.source)
             taking.error = f"{type(error).__name__}: {error}"
@@ -148,19 +156,20 @@ class StageCopies:
             kv=self._kv.__getitem__,
         )
         outlet = self._connect(Endpoint(node=header.node, ipc=header.ipc, tcp=header.tcp))
+        if self._rate is None:
+            self._rate = CopyRate(max_bytes_per_s=header.max_bytes_per_s)
         self._giving[header.epoch, header.target] = _Giving(giver, outlet)
 
-    def on_step(self, epoch: int, step: int, batch: StepBatch | None) -> bool:
-        """Send the patches of a step that was just executed (None: it was dropped). Returns whether there were any."""
-        mirroring = [key for key, giving in self._giving.items() if giving.giver.old_epoch == epoch]
-        for key in mirroring:
-            giving = self._giving[key]
-            try:
-                giving.outlet.send(giving.giver.on_step(step, batch))
-            except Exception:  # process edge: the step is done; the target will miss the patch
-                logger.exception("%s: the copy to %s is broken", self._stage, giving.giver.target)
-                self._drop(key)
-        return bool(mirroring)
+    def on_step(self, epoch: int, step: int, batch: StepBatch | None, *, now: float) -> None:
+        """See to the patches of a step that was executed, or dropped (None), at ``now``: while the snapshot is on its
+        way those of several steps go together, then each at once."""
+        if self._rate is not None:
+            self._rate.on_step(now, num_tokens=0 if batch is None else batch.header.num_tokens)
+        for key, giving in list(self._giving.items()):
+            if giving.giver.old_epoch == epoch:
+                giving.steps.append((step, batch))
+                if giving.giver.is_complete or len(giving.steps) >= _STEPS_AT_ONCE:
+                    self._send_patch(key)
 
     def on_ack(self, header: PatchAckHeader) -> None:
         """A target has applied something."""
@@ -170,23 +179,49 @@ class StageCopies:
 
     def send_chunk(self, now: float) -> bool:
         """Send a piece of a snapshot, if one may be sent now. Returns whether it did."""
+        if self._rate is None or self._rate.ready_at(now) > now:
+            return False
         for key, giving in list(self._giving.items()):
-            try:
-                chunk = giving.giver.next_chunk(now)
-            except Exception:  # process edge: the target will wait in vain
-                logger.exception("%s: the copy to %s is broken", self._stage, giving.giver.target)
-                self._drop(key)
+            ready_at = giving.giver.ready_at(now)
+            if ready_at is None or ready_at > now:
                 continue
-            if chunk is not None:
-                giving.outlet.send(chunk)
+            if giving.steps and giving.giver.is_last_chunk:
+                self._send_patch(key)
+            if key in self._giving and self._send_next_chunk(key, now):
                 self._giving[key] = self._giving.pop(key)  # several copies take turns
                 return True
         return False
 
+    def _send_next_chunk(self, key: tuple[int, str], now: float) -> bool:
+        giving = self._giving[key]
+        assert self._rate is not None
+        try:
+            chunk = giving.giver.next_chunk(now)
+            if chunk is None:  # a patch has completed an empty snapshot
+                return False
+            giving.outlet.send(chunk)
+        except Exception:  # process edge: the target will wait in vain
+            self._break(key)
+            return False
+        self._rate.on_sent(sum(len(frame) for frame in chunk), now=now)
+        return True
+
     def ready_at(self, now: float) -> float | None:
         """When the next piece of a snapshot may be sent; None: not before a message comes."""
         times = [at for giving in self._giving.values() if (at := giving.giver.ready_at(now)) is not None]
-        return min(times, default=None)
+        return max(min(times), self._rate.ready_at(now)) if times and self._rate is not None else None
+
+    def _send_patch(self, key: tuple[int, str]) -> None:
+        giving = self._giving[key]
+        steps, giving.steps = giving.steps, []
+        try:
+            giving.outlet.send(giving.giver.on_steps(steps))
+        except Exception:  # process edge: the steps are done; the target will miss the patch
+            self._break(key)
+
+    def _break(self, key: tuple[int, str]) -> None:
+        logger.exception("%s: the copy to %s is broken", self._stage, self._giving[key].giver.target)
+        self._drop(key)
 
     # ------------------------------------------------------------------ end
 
@@ -214,3 +249,5 @@ class StageCopies:
 
     def _drop(self, key: tuple[int, str]) -> None:
         self._giving.pop(key).outlet.close()
+        if not self._giving:
+            self._rate = None

@@ -113,8 +113,8 @@ def test_the_comparison_finds_a_lost_patch(
     """KV written while it is copied must go along: without it these tests fail."""
     from flexpipe_serve.kv.transfer import KVGiver
 
-    real = KVGiver.on_step
-    monkeypatch.setattr(KVGiver, "on_step", lambda giver, step, batch: real(giver, step, None))
+    real = KVGiver.on_steps
+    monkeypatch.setattr(KVGiver, "on_steps", lambda giver, steps: real(giver, [(step, None) for step, _ in steps]))
     change = Change(60, 60, RefactorRequest(boundaries=(1, 5), max_bytes_per_s=1e6))
     changed = run(script_of(1).during([change]), boundaries=(2, 4), depth=3, private_kv=True)
     assert changed.results != undisturbed(1, 3).results

@@ -109,6 +109,7 @@ class World:
         self.giver: KVGiver | None = None
         self.taker: KVTaker
         self.max_bytes_per_s = rng.choice((float("inf"), 1000.0))
+        self.unsent: list[tuple[int, StepBatch | None]] = []
         self.edge: deque[list[Frame]] = deque()
         self.delivered: list[list[Frame]] = []
         self.acks: deque[PatchAckHeader] = deque()
@@ -134,7 +135,9 @@ class World:
                 seq.num_tokens += count
         self.states[self.step] = self._state()
         if self.giver is not None:
-            self.edge.append(self.giver.on_step(self.step, None if dropped else batch))
+            self.unsent.append((self.step, None if dropped else batch))
+            if self.giver.is_complete or self.rng.random() < 0.5:
+                self._send_patch()
 
     def finish_sequence(self) -> None:
         """Its blocks may be written by the very next step."""
@@ -204,6 +207,10 @@ class World:
         assert self.giver is not None
         self.now += self.rng.choice((0.0, 0.01, 1.0))
         ready_at = self.giver.ready_at(self.now)
+        if ready_at is not None and ready_at <= self.now and self.giver.is_last_chunk and self.unsent:
+            self._send_patch()
+            if self.giver.is_complete:  # the snapshot was empty
+                return
         frames = self.giver.next_chunk(self.now)
         assert (frames is not None) == (ready_at is not None and ready_at <= self.now)
         if frames is None:
@@ -213,6 +220,11 @@ class World:
         self.chunks_in_flight.append(header.number)
         assert len(self.chunks_in_flight) <= MAX_CHUNKS_IN_FLIGHT
         self.edge.append(frames)
+
+    def _send_patch(self) -> None:
+        assert self.giver is not None
+        steps, self.unsent = self.unsent, []
+        self.edge.append(self.giver.on_steps(steps))
 
     def deliver(self) -> None:
         if self.edge:
@@ -233,6 +245,9 @@ class World:
     def _apply(self, frames: list[Frame], *, expected: bool) -> None:
         header, buffers = decode_patch(frames)
         assert self.taker.apply(header, buffers) == expected
+        if not header.is_snapshot:
+            self.check_target()
+            return
         ack = decode_header(self.taker.ack()[0])
         assert isinstance(ack, PatchAckHeader)
         self.acks.append(ack)

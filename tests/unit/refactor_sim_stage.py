@@ -21,6 +21,9 @@ from flexpipe_serve.kv.transfer import KVGiver, KVTaker
 from flexpipe_serve.pipeline.messages import CopyHeader, PatchHeader, StepBatch, decode_header
 from flexpipe_serve.pipeline.step_queue import StepQueue
 
+_STEPS_AT_ONCE = 3
+"""In one patch while the snapshot is on its way."""
+
 BLOCK_SIZE = 2
 LAYER_NUMBER = 40503
 GARBAGE = -1
@@ -98,6 +101,8 @@ class ModelStage:
         self.routes: dict[int, Route] = {}
         self.segments: dict[int, Segment] = {}
         self.givers: list[KVGiver] = []
+        self._unsent: dict[KVGiver, list[tuple[int, StepBatch | None]]] = {}
+        """Steps that are in no patch so far."""
         self.takers: dict[int, list[KVTaker]] = {}
         self.fails_next_step = False
         self.fails_next_growth = False
@@ -220,8 +225,9 @@ class ModelStage:
         for taker in self.takers.get(header.epoch, ()):
             if taker.source == header.source:
                 self._apply(taker, header, frames[1:])
-                ack = taker.ack()
-                self._send(header.source, "copy", "ack", decode_header(ack[0]))
+                if header.is_snapshot:
+                    ack = taker.ack()
+                    self._send(header.source, "copy", "ack", decode_header(ack[0]))
         self._check_waiters()
         if header.epoch in self.routes:
             self._run(self.routes[header.epoch])
@@ -336,7 +342,13 @@ class ModelStage:
             batch = None
         if "mirroring begins behind the snapshot" in self._bugs and not giver.is_complete:
             batch = None
-        self._send(giver.target, "copy", "patch", giver.on_step(number, batch))
+        unsent = self._unsent.setdefault(giver, [])
+        unsent.append((number, batch))
+        if giver.is_complete or len(unsent) >= _STEPS_AT_ONCE:
+            self._send_patch(giver)
+
+    def _send_patch(self, giver: KVGiver) -> None:
+        self._send(giver.target, "copy", "patch", giver.on_steps(self._unsent.pop(giver)))
 
     def has_chunk(self, now: float) -> bool:
         """Whether there is a chunk to send, now or later, without anything coming first."""
@@ -345,6 +357,9 @@ class ModelStage:
     def send_chunk(self, now: float) -> None:
         """What the loop does when it is idle."""
         for giver in self.givers:
+            ready_at = giver.ready_at(now)
+            if ready_at is not None and ready_at <= now and giver.is_last_chunk and giver in self._unsent:
+                self._send_patch(giver)
             frames = giver.next_chunk(now)
             if frames is not None:
                 self._send(giver.target, "copy", "patch", frames)

@@ -52,9 +52,16 @@ def _chunk_of_first_layer_only(take: Callable[[Any], Any]) -> Callable[[Any], An
     return wrong
 
 
-def _no_patch_for_dropped(on_step: Callable[..., Any]) -> Callable[..., Any]:
-    def wrong(self: Any, step: int, batch: Any) -> Any:
-        return on_step(self, step + 1 if batch is None else step, batch)
+def _no_patch_for_dropped(on_steps: Callable[..., Any]) -> Callable[..., Any]:
+    def wrong(self: Any, steps: list[tuple[int, Any]]) -> Any:
+        return on_steps(self, [(step + 1 if batch is None else step, batch) for step, batch in steps])
+
+    return wrong
+
+
+def _only_the_last(on_steps: Callable[..., Any]) -> Callable[..., Any]:
+    def wrong(self: Any, steps: list[tuple[int, Any]]) -> Any:
+        return on_steps(self, steps[-1:])
 
     return wrong
 
@@ -88,7 +95,8 @@ BUGS = {
         transfer, "begun_blocks", lambda places, block_size: np.unique(places // block_size)
     ),
     "values are not carried": _patch(transfer, "rows_of_places", _keys_only),
-    "through_step runs ahead": _patch(KVGiver, "on_step", _no_patch_for_dropped(KVGiver.on_step)),
+    "through_step runs ahead": _patch(KVGiver, "on_steps", _no_patch_for_dropped(KVGiver.on_steps)),
+    "of several steps only the last is mirrored": _patch(KVGiver, "on_steps", _only_the_last(KVGiver.on_steps)),
     "repeated messages are applied again": _patch(KVTaker, "apply", _without_number(KVTaker.apply)),
     "acknowledgements are not waited for": _patch(
         transfer_plan.Pace, "ready_at", lambda self, now: max(now, self._not_before)

@@ -40,8 +40,8 @@ def test_every_block_of_every_layer_is_taken_once(blocks: list[int], num_layers:
 
 
 def test_demo_model_chunks_are_of_the_size_aimed_at() -> None:
-    """15 layers of 16 tokens with 3 heads of 64 in float32: 24 KiB a block."""
-    snapshot = Snapshot(np.arange(9, dtype=np.int32), num_blocks=9, layers=tuple(range(15)), block_bytes=24 * 1024)
+    """10 layers of 16 tokens with 3 heads of 64 in float32: 24 KiB a block."""
+    snapshot = Snapshot(np.arange(9, dtype=np.int32), num_blocks=9, layers=tuple(range(10)), block_bytes=24 * 1024)
     assert [snapshot.take().blocks.tolist() for _ in range(9)] == [[block] for block in range(9)]
     assert snapshot.is_taken
 
