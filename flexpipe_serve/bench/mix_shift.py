@@ -67,9 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stages.add_argument(
         "--slow-share", type=float, default=0.5, metavar="X", help="speed of the slow one (default 0.5)"
     )
-    stages.add_argument("--boundary", type=positive_int, default=12, metavar="N", help="lowest boundary (default 12)")
+    stages.add_argument("--boundary", type=positive_int, default=11, metavar="N", help="lowest boundary (default 11)")
     stages.add_argument("--sequences", type=positive_int, default=2, metavar="N", help="that fit there (default 2)")
-    stages.add_argument("--growth", type=float, default=9.0, metavar="X", help="at the highest one (default 9)")
+    stages.add_argument("--growth", type=float, default=6.0, metavar="X", help="at the highest one (default 6)")
     stages.add_argument("--sweep", type=_numbers, metavar="LIST", help="boundaries to measure; see above")
     stages.add_argument(
         "--policies",
@@ -80,9 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     load = parser.add_argument_group("load")
     load.add_argument(
-        "--first", type=_mix, default=_mix("192+2"), metavar="P+O", help="prompt + output (default 192+2)"
+        "--first", type=_mix, default=_mix("128+2"), metavar="P+O", help="prompt + output (default 128+2)"
     )
-    load.add_argument("--second", type=_mix, default=_mix("32+96"), metavar="P+O", help="likewise (default 32+96)")
+    load.add_argument("--second", type=_mix, default=_mix("32+160"), metavar="P+O", help="likewise (default 32+160)")
     load.add_argument("--load", type=float, default=0.9, metavar="X", help="of the best capacity (default 0.9)")
     load.add_argument("--duration", type=float, default=20.0, metavar="S", help="of what counts (default 20)")
     load.add_argument("--lead-in", type=float, default=3.0, metavar="S", help="before that (default 3)")
