@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexpipe_serve.bench.adapt import in_turn
 from flexpipe_serve.bench.adapt_metrics import (
     Alone,
     Judged,
@@ -20,6 +21,8 @@ from flexpipe_serve.bench.adapt_metrics import (
     judge,
     sustained_rate,
 )
+from flexpipe_serve.bench.adapt_run import Variant
+from flexpipe_serve.bench.adapt_server import write_json
 from flexpipe_serve.bench.adapt_trace import TraceSpec, WorkloadFacts, make_workload
 from flexpipe_serve.bench.arrivals import Arrival
 from flexpipe_serve.bench.summary import Spread
@@ -269,3 +272,24 @@ def test_looks_count_the_stages_of_all_pipelines() -> None:
     assert look_at(status, at_s=1.5) == Look(1.5, 2, 2, 1, (3,), 2, 1, 7)
     both = {**status, "pipelines": [pipeline, {**pipeline, "stages": stages[:1]}]}
     assert look_at(both, at_s=0) == Look(0, 3, 2, 2, (3,), 4, 2, 7)
+
+
+def test_variants_take_turns_to_and_fro() -> None:
+    variants = [Variant("static 1", ()), Variant("static 2", (15,)), Variant("gated", (), "gated")]
+    orders = [
+        [[variant.name for variant in in_turn(variants, index=index, repeat=repeat)] for index in range(3)]
+        for repeat in range(2)
+    ]
+    there = ["static 1", "gated", "static 2"]
+    assert orders[0] == [there, there[::-1], there]
+    # Over two repetitions each has the same mean place in each trace.
+    assert orders[1] == [order[::-1] for order in orders[0]]
+
+
+def test_results_are_replaced_as_a_whole(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    write_json({"runs": [1]}, file)
+    with pytest.raises(TypeError):
+        write_json({"runs": [object()]}, file)
+    assert file.read_text() == '{"runs": [1]}\n'
+    assert list(tmp_path.iterdir()) == [file]

@@ -119,7 +119,16 @@ def test_the_report_says_who_was_faster(result: TraceResult) -> None:
     text = rendered(adapt_report.render(result))
     assert "gated is no worse than the best static layout in hindsight: mean 500 ms against 1000 ms" in text
     assert "shift [a]" in text
-    assert "-50.0% against balanced, -75.0% against static 1" in text
+    assert "-50.0% against balanced, -75.0% against static 1)" in text
+    result.published = -0.383
+    assert "FlexPipe's paper has -38.3% against static" in rendered(adapt_report.render(result))
+
+
+def test_the_overview_has_a_line_for_each_policy_of_each_trace(result: TraceResult) -> None:
+    lines = rendered(adapt_report.overview([result, replace(result, name="other")])).splitlines()
+    (line,) = [line for line in lines if "other" in line]
+    assert line.split() == ["other", "balanced", "1000", "gated", "500", "-50.0%", "+2.0%", "0", "8"]
+    assert sum("gated" in line for line in lines) == 2
 
 
 def test_differences_and_losses_are_shown(result: TraceResult) -> None:
@@ -141,6 +150,8 @@ def test_the_mix_shift_report(result: TraceResult, tmp_path: Path) -> None:
     assert found.median > 0
     text = rendered(mix_shift_report.render(result, shift_s=5.0))
     assert "gain over" in text
+    assert "gated: composite +" in text
+    assert "(PipeLive's paper: +36%)" in text
     points = [SweepPoint(15, 10, {PREFILL.name: 1.0, DECODE.name: 1.0})]
     data = json.loads(json.dumps(mix_shift_report.to_json(points, result, shift_s=5.0)))
     assert data["composite"][0]["gated"]["composite"] == pytest.approx(scores["gated"].composite)
