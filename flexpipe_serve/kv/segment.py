@@ -22,8 +22,9 @@ from flexpipe_serve.kv.file_lock import close_shared, open_shared
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
+_MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
-_PIECE_BYTES = 4 << 20  # whole pages
+_PIECE_BYTES = 1 << 20  # whole pages, and below half a millisecond
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -170,6 +171,8 @@ class SharedSegment:
         if stop - self.allocated_bytes > free_bytes(self._fd):  # else it would be found out after long work
             raise self._full(num_blocks)
         first = self.committed_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        # Pages that another process has filled are mapped for writing too by a read, many at once.
+        advice = _MADV_POPULATE_READ if self.allocated_bytes >= stop else _MADV_POPULATE_WRITE
         for start in range(first, stop, _PIECE_BYTES):
             length = min(_PIECE_BYTES, stop - start)
             try:
@@ -181,7 +184,7 @@ class SharedSegment:
                 raise self._full(num_blocks) from error
             # Map the pages now: else each takes a fault in the middle of a step. Advice only: before Linux 5.14 the
             # call is not known, and the faults come later.
-            _libc.madvise(self._reserved.data_ptr() + start, length, _MADV_POPULATE_WRITE)
+            _libc.madvise(self._reserved.data_ptr() + start, length, advice)
             between()
 
     def _full(self, num_blocks: int) -> KVMemoryError:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -14,8 +17,8 @@ import psutil
 _T = TypeVar("_T")
 _LOWER_BY = 5
 """Steps of niceness: about a third of a normal thread's share."""
-_SHARE = 0.04
-"""Of one core, for work that takes seconds while the cores are wanted: what those who wait for tokens may lose."""
+_SHARE = 0.03
+"""Of one core, for all that is done on a node while its cores are wanted: what those who wait for tokens may lose."""
 _SPARE_CORES = 0.75
 """So much of the machine unused: nobody is kept waiting."""
 _LOOK_EVERY_S = 0.1
@@ -36,7 +39,7 @@ def in_background(work: Callable[[], _T]) -> _T:
     return _in_thread(work, lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _niceness()))
 
 
-def gently(work: Callable[[Callable[[], None]], _T]) -> _T:
+def gently(work: Callable[[Callable[[], None]], _T], *, folder: Path) -> _T:
     """Do ``work``, which may take seconds, while steps run, and wait for it.
 
     It runs where nobody else wants the core; such a thread gives way at once. Yet what it takes is felt, in caches and
@@ -45,8 +48,9 @@ def gently(work: Callable[[Callable[[], None]], _T]) -> _T:
     Args:
         work: calls what it is given after every few milliseconds of work. May be called a second time, to go on where
             it was.
+        folder: of the application on this node: work of all its processes together has one share.
     """
-    pace = _Pace()
+    pace = _Pace(folder)
     try:
         return _in_thread(
             lambda: work(pace.rest_or_starve), lambda: os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
@@ -56,9 +60,10 @@ def gently(work: Callable[[Callable[[], None]], _T]) -> _T:
 
 
 class _Pace:
-    """Keeps the thread that calls it to its share of a core."""
+    """Keeps the thread that calls it, and all others that rest by the same folder, to one share of a core."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._spare = _SpareCores()
         self._worked = 0.0
         self._working = 0.0
@@ -72,7 +77,8 @@ class _Pace:
             self._worked += worked
             self._working += now - self._last[0]
             if self._spare.count(now, used) < _SPARE_CORES:
-                time.sleep(worked * (1 / _SHARE - 1))
+                with _alone(self._folder):  # rests one after the other: no two processes work that much
+                    time.sleep(worked * (1 / _SHARE - 1))
         self._last = (time.monotonic(), used)
 
     def rest_or_starve(self) -> None:
@@ -105,6 +111,21 @@ class _SpareCores:
             self._count = (idle - self._last[2] + used - self._last[1]) / elapsed
             self._last = (now, used, idle)
         return self._count
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else is in here for the same folder, in any process. Where that is gone, nobody waits."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _niceness() -> int:

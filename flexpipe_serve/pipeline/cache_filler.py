@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from flexpipe_serve.model.stage_model import StageModel
 from flexpipe_serve.pipeline.background import gently
@@ -17,10 +18,15 @@ class _ClosedError(Exception):
 
 
 class CacheFiller:
-    """A thread that fills the cache whenever the stage got new weights."""
+    """A thread that fills the cache whenever the stage got new weights.
 
-    def __init__(self, model: StageModel) -> None:
+    Args:
+        folder: of the application on this node.
+    """
+
+    def __init__(self, model: StageModel, *, folder: Path) -> None:
         self._model = model
+        self._folder = folder
         self._is_closed = False
         self._wanted = threading.Event()
         self._thread = threading.Thread(target=self._run, name="flexpipe-host-cache", daemon=True)
@@ -41,7 +47,7 @@ class CacheFiller:
             self._wanted.wait()
             self._wanted.clear()
             try:
-                gently(self._fill)
+                gently(self._fill, folder=self._folder)
             except _ClosedError:
                 return
             except Exception:  # thread edge: without the cache, layers come from the checkpoint

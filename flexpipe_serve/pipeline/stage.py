@@ -57,7 +57,7 @@ class Stage:
         )
         self._cache_folder = self._folder
         self._cache = None if setup.host_cache_bytes == 0 else self._join_cache()
-        self._filler = CacheFiller(self._model)
+        self._filler = CacheFiller(self._model, folder=self._folder.path)
         self._stopping = threading.Event()
         self._copies = StageCopies(stage=setup.name, kv=self._kv, connect=self._connect)
         self._loop = StageLoop(
@@ -101,7 +101,7 @@ class Stage:
             elif assignment.hurry:
                 in_background(lambda: self._hold(assignment, num_blocks, pace=lambda: None))
             else:
-                gently(lambda pace: self._hold(assignment, num_blocks, pace=pace))
+                gently(lambda pace: self._hold(assignment, num_blocks, pace=pace), folder=self._folder.path)
             outlet = self._connect(assignment.next)
             self._loop.call(lambda: self._loop.add_route(assignment, outlet))
             self._assignments[assignment.epoch] = assignment
@@ -116,7 +116,7 @@ class Stage:
         """
         with self._changing:
             if self._device.type == "cpu":
-                gently(lambda pace: self._kv.resize(num_blocks, between=pace))
+                gently(lambda pace: self._kv.resize(num_blocks, between=pace), folder=self._folder.path)
             else:  # the tensors are made anew, so no step may run
                 self._loop.call(lambda: self._kv.resize(num_blocks, between=lambda: None))
 
@@ -135,7 +135,8 @@ class Stage:
             self._loop.call(lambda: self._loop.drop_route(epoch))
             self._loop.worker.forget(epoch)
             self._assignments.pop(epoch, None)
-            in_background(lambda: self._keep(list(self._assignments.values())))
+            kept = list(self._assignments.values())
+            gently(lambda pace: self._keep(kept, pace=pace), folder=self._folder.path)
         return self.report()
 
     def report(self) -> StageReport:
@@ -208,9 +209,16 @@ class Stage:
         if self._stopping.is_set() or self._is_void.is_set() or epoch in self._released:
             raise EngineUnavailableError(f"stage {self.setup.name!r} gave up loading: epoch {epoch} was released.")
 
-    def _keep(self, assignments: list[Assignment]) -> None:
-        """Give up what none of ``assignments`` needs."""
+    def _keep(self, assignments: list[Assignment], *, pace: Callable[[], None] = lambda: None) -> None:
+        """Give up what none of ``assignments`` needs, a layer at a time: much memory that goes at once is felt."""
         layers = {layer for assignment in assignments for layer in assignment.layers}
+        held = {*self._model.layers, *self._kv}
+        for layer in sorted(held - layers):
+            held.discard(layer)
+            self._model.keep(held, embedding=True, head=True)
+            self._kv.keep(held)
+            if not self._stopping.is_set():
+                pace()
         self._model.keep(
             layers,
             embedding=any(assignment.is_first for assignment in assignments),

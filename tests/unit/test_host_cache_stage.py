@@ -266,7 +266,7 @@ def test_a_cache_that_cannot_be_filled_is_no_failure(
             tried.release()
             raise RuntimeError("broken")
 
-    filler = CacheFiller(Model())  # type: ignore[arg-type]
+    filler = CacheFiller(Model(), folder=Path("/"))  # type: ignore[arg-type]
     for _ in range(2):
         filler.fill()
         assert tried.acquire(timeout=20), "it tries again with the next weights"
