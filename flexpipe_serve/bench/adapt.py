@@ -257,8 +257,9 @@ class _Bench:
 
 
 def in_turn(variants: Sequence[Variant], *, index: int, repeat: int) -> list[Variant]:
-    """The order of the variants in a trace's repetition, by the number of stages at the start: to and fro."""
-    return sorted(variants, key=lambda variant: len(variant.boundaries))[:: 1 if (index + repeat) % 2 == 0 else -1]
+    """The order of the variants in a trace's repetition, by the layout at the start: to and fro."""
+    order = sorted(variants, key=lambda variant: (len(variant.boundaries), variant.boundaries))
+    return order if (index + repeat) % 2 == 0 else order[::-1]
 
 
 def describe(run: AdaptRun) -> str:
