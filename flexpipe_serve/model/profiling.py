@@ -263,7 +263,9 @@ class ProbedStage:
             torch.cuda.synchronize(self._computer.device)
         started = time.perf_counter()
         # Ends with a copy to the host, so a GPU is done then too.
-        self._computer.run(assignment, batch, given, kv=self._kv, num_blocks=self._kv.num_blocks, held_seconds=0.0)
+        num_blocks = self._kv.num_blocks
+        step = self._computer.prepare(batch, num_blocks=num_blocks)
+        self._computer.run(assignment, step, given, kv=self._kv, num_blocks=num_blocks, held_seconds=0.0)
         return time.perf_counter() - started
 
     def measure_loading(self) -> tuple[float, float | None]:

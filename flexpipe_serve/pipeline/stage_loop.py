@@ -34,6 +34,7 @@ from flexpipe_serve.pipeline.messages import (
     decode_step,
     encode,
 )
+from flexpipe_serve.pipeline.prepared_step import PreparedStep
 from flexpipe_serve.pipeline.stage_copies import StageCopies
 from flexpipe_serve.pipeline.stage_types import Assignment
 from flexpipe_serve.pipeline.step_compute import Hidden, StepComputer
@@ -46,12 +47,13 @@ _POLL_S = 1.0
 
 @dataclass(frozen=True)
 class _BrokenStep:
-    """A step whose message had a good header and nothing more."""
+    """A step that cannot be computed."""
 
     header: StepHeader
-    error: str
+    error: Exception
 
 
+_Step = PreparedStep | _BrokenStep
 _Given = Hidden | FailureHeader
 
 
@@ -61,7 +63,7 @@ class _Route:
     def __init__(self, assignment: Assignment, outlet: Outlet) -> None:
         self.assignment = assignment
         self.outlet = outlet
-        self.queue: StepQueue[StepBatch | _BrokenStep, _Given] = StepQueue(needs_input=not assignment.is_first)
+        self.queue: StepQueue[_Step, _Given] = StepQueue(needs_input=not assignment.is_first)
         self.last_step = 0
 
 
@@ -181,11 +183,7 @@ class StageLoop:
             logger.info("%s: dropped a message of epoch %d", self._name, header.epoch)
             return
         if isinstance(header, StepHeader):
-            step: StepBatch | _BrokenStep
-            try:
-                step = decode_step(header, buffers)
-            except ValueError as error:
-                step = _BrokenStep(header, str(error))
+            step = self._prepare(header, buffers)
             route.queue.add_step(header.step, step, patched_through=header.patched_through, now=now)
         else:
             given: _Given
@@ -195,6 +193,15 @@ class StageLoop:
                 given = self._failure(header, error)
             route.queue.add_input(header.step, given, now=now)
         self._run_steps(header.epoch)
+
+    def _prepare(self, header: StepHeader, buffers: Sequence[Frame]) -> _Step:
+        try:
+            step = self._computer.prepare(decode_step(header, buffers), num_blocks=self._kv.num_blocks)
+        except Exception as error:  # process edge: it fails in its turn
+            logger.exception("%s: step %d cannot be computed", self._name, header.step)
+            return _BrokenStep(header, error)
+        self.busy_seconds += step.seconds
+        return step
 
     def _recheck(self, epoch: int) -> None:
         """In the copies' thread: patches were applied; a step may wait for them."""
@@ -210,10 +217,10 @@ class StageLoop:
         while ready := route.queue.pop(lambda step: self._copies.is_patched(epoch, step), now=time.perf_counter()):
             self._run_step(route, ready)
 
-    def _run_step(self, route: _Route, ready: ReadyStep[StepBatch | _BrokenStep, _Given]) -> None:
+    def _run_step(self, route: _Route, ready: ReadyStep[_Step, _Given]) -> None:
         started = time.perf_counter()
         step, given = ready.step, ready.given
-        header = step.header
+        header = step.header if isinstance(step, _BrokenStep) else step.batch.header
         held_seconds = ready.held_seconds + self._extra_seconds
         self._extra_seconds = 0.0
         computed: StepBatch | None = None
@@ -224,7 +231,7 @@ class StageLoop:
             if isinstance(given, FailureHeader):
                 frames = encode(given)  # travels on, so that every stage drops the step in order
             elif isinstance(step, _BrokenStep):
-                frames = encode(self._failure(header, ValueError(step.error)))
+                frames = encode(self._failure(header, step.error))
             else:
                 frames = self._computer.run(
                     route.assignment,
@@ -234,7 +241,7 @@ class StageLoop:
                     num_blocks=self._kv.num_blocks,
                     held_seconds=held_seconds,
                 )
-                computed = step
+                computed = step.batch
         except Exception as error:  # process edge: a step that fails must not take the stage with it
             logger.exception("%s: step %d failed", self._name, header.step)
             frames = encode(self._failure(header, error))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from flexpipe_serve.kernels.attention import RaggedBatch
@@ -27,10 +26,9 @@ from flexpipe_serve.pipeline.messages import (
     StepBatch,
     encode,
 )
+from flexpipe_serve.pipeline.prepared_step import PreparedStep, positions_of
 from flexpipe_serve.pipeline.stage_types import Assignment, StageSetup
 from flexpipe_serve.pipeline.step_check import check_batch
-
-Int64 = npt.NDArray[np.int64]
 
 _LOGIT_ROWS = 64
 """Rows of logits made at once: those of a whole prompt would take gigabytes."""
@@ -86,19 +84,45 @@ class StepComputer:
             )
         if len(frame) != num_tokens * width * self.dtype.itemsize:
             raise ValueError(f"hidden states {header.shape} in {len(frame)} bytes.")
-        tensor = torch.empty(0, width, dtype=self.dtype)
         if num_tokens:
             # A copy: the frame may lie at any address, and layers work in place.
             tensor = torch.frombuffer(bytearray(frame), dtype=self.dtype).view(header.shape)
-        return Hidden(
-            tensor=tensor.to(self.device), stage_seconds=header.stage_seconds, held_seconds=header.held_seconds
-        )
+        else:
+            tensor = torch.empty(0, width, dtype=self.dtype)
+        if self.device.type != "cpu":
+            tensor = tensor.to(self.device)
+        return Hidden(tensor=tensor, stage_seconds=header.stage_seconds, held_seconds=header.held_seconds)
+
+    @torch.inference_mode()
+    def prepare(self, batch: StepBatch, *, num_blocks: int) -> PreparedStep:
+        """Do what needs no hidden states.
+
+        Args:
+            num_blocks: committed in the stage's KV.
+
+        Raises:
+            ValueError: the step does not hold together.
+        """
+        started = time.perf_counter()
+        positions, plan = None, None
+        if batch.header.num_seqs:
+            self._check(batch, num_blocks=num_blocks)
+            ragged = RaggedBatch(
+                num_computed=batch.num_computed,
+                num_new=batch.num_new,
+                block_tables=batch.block_tables,
+                block_size=self._block_size,
+            )
+            positions = torch.from_numpy(positions_of(batch)).to(self.device)
+            plan = self._attention.plan(ragged, device=self.device)
+        seconds = time.perf_counter() - started
+        return PreparedStep(batch=batch, num_blocks=num_blocks, positions=positions, plan=plan, seconds=seconds)
 
     @torch.inference_mode()
     def run(
         self,
         assignment: Assignment,
-        batch: StepBatch,
+        step: PreparedStep,
         given: Hidden | None,
         *,
         kv: Mapping[int, torch.Tensor],
@@ -120,30 +144,28 @@ class StepComputer:
             ValueError: the step does not hold together.
         """
         started, worked = time.perf_counter(), time.thread_time()
+        batch = step.batch
         header = batch.header
         if header.num_seqs:
-            check_batch(
-                batch,
-                num_blocks=num_blocks,
-                block_size=self._block_size,
-                vocab_size=self.spec.vocab_size,
-                max_model_len=self.spec.max_model_len,
-            )
+            if num_blocks < step.num_blocks:
+                self._check(batch, num_blocks=num_blocks)
             if given is not None and len(given.tensor) != header.num_tokens:
                 raise ValueError(f"hidden states of {len(given.tensor)} tokens, the step has {header.num_tokens}.")
             self._set_num_threads(header.num_threads)
-            hidden = self._forward(assignment, batch, given, kv)
+            hidden = self._forward(assignment, step, given, kv)
         else:
             hidden = torch.empty(0, self.spec.hidden_size, dtype=self.dtype)
         held_seconds += given.held_seconds if given else 0.0
         passed = given.stage_seconds if given else ()
+        # The others prepare a step while those before them compute.
+        unseen = step.seconds if assignment.is_first else 0.0
         if assignment.is_last:
             tokens, logprobs, prompts = self._finish(batch, hidden)
             self._rest(worked)
             result = ResultHeader(
                 epoch=header.epoch,
                 step=header.step,
-                stage_seconds=(*passed, time.perf_counter() - started),
+                stage_seconds=(*passed, unseen + time.perf_counter() - started),
                 held_seconds=held_seconds,
                 logprobs=logprobs,
                 prompt_logprobs=prompts,
@@ -156,10 +178,19 @@ class StepComputer:
             step=header.step,
             shape=(body.shape[0], body.shape[1]),
             dtype=self._dtype_name,
-            stage_seconds=(*passed, time.perf_counter() - started),
+            stage_seconds=(*passed, unseen + time.perf_counter() - started),
             held_seconds=held_seconds,
         )
         return encode(out, body.view(torch.uint8).numpy().data.cast("B") if len(body) else b"")
+
+    def _check(self, batch: StepBatch, *, num_blocks: int) -> None:
+        check_batch(
+            batch,
+            num_blocks=num_blocks,
+            block_size=self._block_size,
+            vocab_size=self.spec.vocab_size,
+            max_model_len=self.spec.max_model_len,
+        )
 
     def _rest(self, since: float) -> None:
         """Emulate a slower device: answer as late as that would. The time is this thread's own, so that a core which
@@ -178,21 +209,15 @@ class StepComputer:
             torch.set_num_threads(num_threads)
 
     def _forward(
-        self, assignment: Assignment, batch: StepBatch, given: Hidden | None, kv: Mapping[int, torch.Tensor]
+        self, assignment: Assignment, step: PreparedStep, given: Hidden | None, kv: Mapping[int, torch.Tensor]
     ) -> torch.Tensor:
-        ragged = RaggedBatch(
-            num_computed=batch.num_computed,
-            num_new=batch.num_new,
-            block_tables=batch.block_tables,
-            block_size=self._block_size,
-        )
-        positions = torch.from_numpy(_positions(batch))
+        assert step.positions is not None, "the step computes nothing"
         return self.model.forward(
-            given.tensor if given else torch.from_numpy(batch.token_ids.astype(np.int64)).to(self.device),
+            given.tensor if given else torch.from_numpy(step.batch.token_ids.astype(np.int64)).to(self.device),
             layers=assignment.layers,
             is_first=assignment.is_first,
-            positions=positions.to(self.device),
-            plan=self._attention.plan(ragged, device=self.device),
+            positions=step.positions,
+            plan=step.plan,
             kv=kv,
         )
 
@@ -225,11 +250,3 @@ class StepComputer:
                 found += prompt_logprobs(logits, piece, spec.num_logprobs)
             prompts.append(tuple(found))
         return tokens, logprobs, tuple(prompts)
-
-
-def _positions(batch: StepBatch) -> Int64:
-    """Place of each token of the step in its sequence."""
-    if batch.header.num_tokens == batch.header.num_seqs:
-        return batch.num_computed.astype(np.int64)
-    firsts = batch.num_new.cumsum() - batch.num_new - batch.num_computed
-    return np.arange(batch.header.num_tokens) - np.repeat(firsts, batch.num_new)

@@ -140,10 +140,10 @@ def test_a_step_that_fails_fails_no_one_else(engine: Engine, host: LocalStageHos
     core = host._alive["stage-0"].core
     real = core.computer.run
 
-    def run_step(assignment, batch, given, **kwargs):
-        if poison in batch.token_ids:
+    def run_step(assignment, step, given, **kwargs):
+        if poison in step.batch.token_ids:
             raise RuntimeError("poison")
-        return real(assignment, batch, given, **kwargs)
+        return real(assignment, step, given, **kwargs)
 
     monkeypatch.setattr(core.computer, "run", run_step)
     good = [prompt_of(6, seed=i) for i in range(4)]

@@ -171,10 +171,10 @@ def test_a_step_fails_while_another_epoch_goes_on(h: Harness, expected: list, mo
     computer = h.stages["stage-1"].computer
     real = computer.run
 
-    def run(assignment, batch, given, **kwargs):
-        if assignment.epoch == 2 and batch.header.step % 4 == 0:
+    def run(assignment, step, given, **kwargs):
+        if assignment.epoch == 2 and step.batch.header.step % 4 == 0:
             raise RuntimeError("poison")
-        return real(assignment, batch, given, **kwargs)
+        return real(assignment, step, given, **kwargs)
 
     monkeypatch.setattr(computer, "run", run)
     seqs = sequences(h)
