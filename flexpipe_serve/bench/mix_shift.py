@@ -68,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slow-share", type=float, default=0.5, metavar="X", help="speed of the slow one (default 0.5)"
     )
     stages.add_argument("--boundary", type=positive_int, default=11, metavar="N", help="lowest boundary (default 11)")
-    stages.add_argument("--sequences", type=positive_int, default=2, metavar="N", help="that fit there (default 2)")
-    stages.add_argument("--growth", type=float, default=6.0, metavar="X", help="at the highest one (default 6)")
+    stages.add_argument("--sequences", type=positive_int, default=1, metavar="N", help="that fit there (default 1)")
+    stages.add_argument("--growth", type=float, default=9.0, metavar="X", help="at the highest one (default 9)")
     stages.add_argument("--sweep", type=_numbers, metavar="LIST", help="boundaries to measure; see above")
     stages.add_argument(
         "--policies",
