@@ -11,6 +11,7 @@ from flexpipe_serve.planner.latency import SplitModel
 from flexpipe_serve.planner.memory import pipelines_of
 from flexpipe_serve.planner.partition import best_boundaries
 from flexpipe_serve.planner.profile import ModelProfile, StepShape
+from flexpipe_serve.planner.request_times import RequestTimes
 from flexpipe_serve.planner.step_times import StepTimes
 from flexpipe_serve.planner.transition import Transition
 from flexpipe_serve.planner.types import (
@@ -29,6 +30,10 @@ _CLOSE = 1.25
 """Times that differ by less than this factor ask for the same cuts."""
 _CLOSE_KV = 2.0
 """The same for KV, which goes with the number of sequences and varies more."""
+_NUM_KNOWN = 4
+"""Demands that candidates are remembered for: one that goes to and fro asks for no new cuts."""
+_NUM_LENGTHS = 64
+"""Lengths of requests that a candidate remembers the times of."""
 _SLACK = 0.02
 """Of a device's memory: what processes take varies by so much."""
 
@@ -38,15 +43,27 @@ class Candidate:
 
     def __init__(self, profile: ModelProfile, split: Split, *, present: Split, limits: SchedulerLimits) -> None:
         self.split = split
+        self.key = split_key(split)
         self.steps = StepTimes(profile, split, limits)
         self.transition = Transition(profile, present, split)
         """From the present split."""
-        self._model: SplitModel | None = None
+        self._requests: dict[tuple[float, float, float], RequestTimes] = {}
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Its devices and number of pipelines."""
+        return self.key[1:]
 
     def under(self, demand: Demand) -> SplitModel:
-        """What it does under ``demand``; quick where the lengths are those of the last time."""
-        self._model = SplitModel(self.steps, demand) if self._model is None else self._model.under(demand)
-        return self._model
+        """What it does under ``demand``; quick where the lengths are those of a while ago."""
+        lengths = demand.prompt_tokens, demand.output_tokens, demand.prefix_hit_share
+        requests = self._requests.get(lengths)
+        if requests is None:
+            if len(self._requests) == _NUM_LENGTHS:
+                self._requests.clear()
+            requests = RequestTimes(self.steps, demand, num_kv_tokens=self.steps.num_kv_tokens)
+            self._requests[lengths] = requests
+        return SplitModel(self.steps, demand, requests=requests)
 
 
 class _Needs(NamedTuple):
@@ -69,8 +86,9 @@ class CandidateMaker:
     def __init__(self, weights: PlannerWeights) -> None:
         self._weights = weights
         self._made_for: tuple[ModelProfile, PlannerState] | None = None
-        self._needs: _Needs | None = None
-        self._candidates: list[Candidate] = []
+        self._present: Candidate
+        self._known: list[tuple[_Needs, list[Candidate]]] = []
+        """What was found lately, the latest used first."""
 
     def candidates(self, profile: ModelProfile, state: PlannerState, demand: Demand) -> list[Candidate]:
         """The present split, then others.
@@ -80,9 +98,9 @@ class CandidateMaker:
         """
         if self._made_for is None or not is_same_place(*self._made_for, profile, state):
             self._made_for = (profile, state)
-            self._needs = None
-            self._candidates = [Candidate(profile, state.current, present=state.current, limits=state.limits)]
-        present = self._candidates[0].under(demand)
+            self._known.clear()
+            self._present = Candidate(profile, state.current, present=state.current, limits=state.limits)
+        present = self._present.under(demand)
         shape = present.mean_shape()
         num_needed = max(1.0, demand.num_running + demand.num_waiting, present.num_present)
         num_kv_tokens = num_needed * (demand.prompt_tokens + demand.output_tokens)
@@ -92,13 +110,14 @@ class CandidateMaker:
             profile.head.at(shape.num_samples),
             num_kv_tokens,
         )
-        if self._needs is None or not needs.is_close(self._needs):
-            self._needs = needs
+        index = next((i for i, (known, _) in enumerate(self._known) if needs.is_close(known)), None)
+        if index is None:
             splits = self._splits(profile, state, demand, shape, int(num_kv_tokens))
-            self._candidates[1:] = [
-                Candidate(profile, split, present=state.current, limits=state.limits) for split in splits
-            ]
-        return self._candidates
+            others = [Candidate(profile, split, present=state.current, limits=state.limits) for split in splits]
+            self._known = [(needs, others), *self._known[: _NUM_KNOWN - 1]]
+        elif index:
+            self._known.insert(0, self._known.pop(index))
+        return [self._present, *self._known[0][1]]
 
     def _splits(
         self, profile: ModelProfile, state: PlannerState, demand: Demand, shape: StepShape, num_kv_tokens: int

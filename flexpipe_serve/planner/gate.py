@@ -27,7 +27,7 @@ NUM_AGREEING = 3
 """Decisions in a row that must have the same winner."""
 _LOOK_AHEAD_S = 30.0
 """A rate goes on changing as it does for so long at most."""
-_ROUNDING = 1.02
+_ROUNDING = 1.04
 _NOISE_WINDOW_S = 15.0
 """Over which a rate is told; what its change may be by chance follows from it."""
 
@@ -44,7 +44,7 @@ def expected_demand(demand: Demand, horizon_s: float) -> Demand:
 
 
 def with_round_lengths(demand: Demand) -> Demand:
-    """The demand with lengths in steps of 2 %, less than can be told: so that what follows from them is worked out once
+    """The demand with lengths in steps of 4 %, less than can be told: so that what follows from them is worked out once
     while they hardly change."""
     return msgspec.structs.replace(
         demand,

@@ -7,6 +7,7 @@ are places for so many; beyond them requests queue (Allen-Cunneen).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
 from flexpipe_serve.planner.profile import ModelProfile, StepShape
 from flexpipe_serve.planner.request_times import RequestTimes, Times
@@ -59,11 +60,6 @@ class SplitModel:
             self.max_rate = self._num_pipelines * full.num_seqs / full.residence_s
             self.utilisation = demand.rate / self.max_rate
             self._present = self._find_present()
-
-    def under(self, demand: Demand) -> SplitModel:
-        """The same split under another demand; quick where the lengths are the same."""
-        known = self._requests if _lengths(demand) == _lengths(self._demand) else None
-        return SplitModel(self.steps, demand, max_kv_tokens=self.num_kv_tokens, requests=known)
 
     @property
     def num_present(self) -> float:
@@ -128,15 +124,25 @@ class SplitModel:
     def _find_present(self) -> Times:
         """The least number n of sequences with ``n = rate * residence(n) + burst``: what a request finds, on average,
         with itself. At most all places."""
-        before = excess_before = 0.0
-        for index, batch in enumerate(self._requests.batches):
-            times = self._requests.at(index)
-            excess = batch - self._burst(times) - self._rate * times.residence_s
-            if excess >= 0:
-                part = excess_before / (excess_before - excess) if index else 0.0
-                return self._requests.with_seqs(before + part * (batch - before) if index else batch)
-            before, excess_before = batch, excess
-        return times
+        batches = self._requests.batches
+        index = 0
+        while (missing := self._missing(index)) > 0:
+            # With more there residences are longer, if anything: it is no number below what a request finds here.
+            index = bisect_left(batches, batches[index] + missing, index + 1)
+            if index == len(batches):
+                return self._requests.at(index - 1)
+        missing_before = 0.0
+        while index and (missing_before := self._missing(index - 1)) <= 0:
+            index, missing = index - 1, missing_before
+        if index == 0:
+            return self._requests.at(0)
+        part = missing_before / (missing_before - missing)
+        return self._requests.with_seqs(batches[index - 1] + part * (batches[index] - batches[index - 1]))
+
+    def _missing(self, index: int) -> float:
+        """How many more than ``batches[index]`` a request finds when so many are there."""
+        times = self._requests.at(index)
+        return self._burst(times) + self._rate * times.residence_s - times.num_seqs
 
     def _burst(self, times: Times) -> float:
         """How many come with a request, itself included. Where many are present, that is arrivals' peakedness, the
@@ -165,16 +171,11 @@ class SplitModel:
         """Of a request that has its place: for the step that is being computed, and for the prompts of others, those
         that come by chance (as in an M/G/1 queue) and those of a burst."""
         present = self._present
-        depth = min(float(self.steps.depth), present.num_seqs)
         is_busy = min(1.0, self._rate * present.residence_s)
         share = min(self.utilisation, self._rate * present.chunks_s, 0.99)
         variance = (min(1.0, self._arrival_variance) + self._service_variance) / 2
         num_before = variance * share / (1 - share) + max(0.0, self._burst(present) - 1) / 2
-        return is_busy * present.token_s / depth / 2 + num_before * present.chunks_s
-
-
-def _lengths(demand: Demand) -> tuple[float, float, float]:
-    return demand.prompt_tokens, demand.output_tokens, demand.prefix_hit_share
+        return is_busy * present.token_s / self.steps.depth / 2 + num_before * present.chunks_s
 
 
 def predict(

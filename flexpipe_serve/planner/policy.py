@@ -79,7 +79,15 @@ class GatedPolicy:
             self._peaks.note(state.now, state.demand.rate * work)
         present = _Present(candidates[0], model, self._latency_s(model), work)
         current = CandidateScore(split=state.current, prediction=model.predict(), score=0.0)
-        scores = [current, *(self._score(candidate, state, demand, present) for candidate in candidates[1:])]
+        scores = [current]
+        better: set[tuple[object, ...]] = set()
+        for candidate in candidates[1:]:
+            score, saved_s = self._score(candidate, state, demand, present)
+            scores.append(score)
+            if saved_s > 0:
+                better.add(candidate.place)
+        if state.trigger is not Trigger.ASKED:
+            self._better_since = {place: self._better_since.get(place, state.now) for place in better}
         is_saturated = current.prediction.utilisation >= 1
         # A way out of saturation comes before what saves more and is saturated too.
         scores.sort(
@@ -92,14 +100,17 @@ class GatedPolicy:
             why = f"{demand.num_arrived} requests so far tell too little"
         else:
             best = scores[0] if scores[0] is not current else None
-            horizon_s = self._horizon_s(scores[0].split, state.now)
+            horizon_s = self._horizon_s(split_key(scores[0].split)[1:], state.now)
             total_s = present.latency_s * demand.rate * horizon_s
             verdict, why = self._gate.judge(state, current, best, horizon_s=horizon_s, present_total_s=total_s)
             if verdict is Verdict.MOVE:
                 chosen = scores[0].split
         return make_decision("gated", state, current=current, candidates=scores, chosen=chosen, why=why)
 
-    def _score(self, candidate: Candidate, state: PlannerState, demand: Demand, present: _Present) -> CandidateScore:
+    def _score(
+        self, candidate: Candidate, state: PlannerState, demand: Demand, present: _Present
+    ) -> tuple[CandidateScore, float]:
+        """And seconds that it saves a request."""
         model = candidate.under(demand)
         cost_s, duration_s, back_s = transition_cost(
             candidate.transition, state, demand, present=present.model, latency_s=present.latency_s
@@ -114,11 +125,9 @@ class GatedPolicy:
                 horizon_s=self._weights.horizon_s,
             )
         saved_s = present.latency_s - self._latency_s(model)
-        if state.trigger is not Trigger.ASKED:
-            self._note_better(candidate.split, state.now, is_better=saved_s > 0)
-        num_requests = demand.rate * max(0.0, self._horizon_s(candidate.split, state.now) - duration_s)
+        num_requests = demand.rate * max(0.0, self._horizon_s(candidate.place, state.now) - duration_s)
         gain_s = num_requests * saved_s
-        return CandidateScore(
+        score = CandidateScore(
             split=candidate.split,
             prediction=model.predict(),
             score=gain_s - cost_s,
@@ -126,20 +135,13 @@ class GatedPolicy:
             cost_s=cost_s,
             refused=refusal(candidate, state, demand, present=present.candidate),
         )
+        return score, saved_s
 
-    def _note_better(self, split: Split, now: float, *, is_better: bool) -> None:
-        _, *place = split_key(split)
-        if is_better:
-            self._better_since.setdefault(tuple(place), now)
-        else:
-            self._better_since.pop(tuple(place), None)
-
-    def _horizon_s(self, split: Split, now: float) -> float:
+    def _horizon_s(self, place: tuple[object, ...], now: float) -> float:
         """What has been better for some time is taken to stay so for as long again: a change that takes longer than the
         horizon may pay all the same."""
-        _, *place = split_key(split)
         horizon_s = self._weights.horizon_s
-        return min(max(horizon_s, now - self._better_since.get(tuple(place), now)), _LONGEST * horizon_s)
+        return min(max(horizon_s, now - self._better_since.get(place, now)), _LONGEST * horizon_s)
 
     def _latency_s(self, model: SplitModel) -> float:
         return min(model.latency_over(self._weights.horizon_s), _NEVER * self._weights.horizon_s)

@@ -27,9 +27,11 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
         counts, seconds = self.counts, self.seconds
         if count <= counts[0] or len(counts) == 1:
             return seconds[0]
-        right = min(bisect_right(counts, count), len(counts) - 1)
-        slope = (seconds[right] - seconds[right - 1]) / (counts[right] - counts[right - 1])
-        return seconds[right - 1] + slope * (count - counts[right - 1])
+        right = bisect_right(counts, count)
+        if right == len(counts):
+            right -= 1
+        before, since = counts[right - 1], seconds[right - 1]
+        return since + (seconds[right] - since) / (counts[right] - before) * (count - before)
 
 
 class StepShape(msgspec.Struct, frozen=True, kw_only=True):
