@@ -24,6 +24,7 @@ from flexpipe_serve.transport import HttpTransport
 
 _WARM_TOKENS = 16
 _MAX_LOOKED_UP = 10
+_PLANNER = {"interval_s": 0.5, "cool_down_s": 5.0}
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +34,10 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--planner",
         type=json.loads,
-        default={},
+        default=_PLANNER,
         metavar="JSON",
-        help="fields of user_config.planner beside mode and policy, such as '{\"horizon_s\": 30}'",
+        help="fields of user_config.planner beside mode and policy (default: changes may come as fast as the load does"
+        f" here, '{json.dumps(_PLANNER)}')",
     )
     where.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="holds tokenizer.json (default: the demo's)")
     where.add_argument("--seed", type=int, default=1, help="of arrivals and prompts (default 1)")

@@ -11,9 +11,9 @@ want KV for many sequences, so layers must leave the stage that has little memor
 2. On a second server with these budgets, every boundary of the sweep (--sweep; default: --boundary, that one, and the
    even split) is measured with --concurrency requests of each kind at once. A table says where the best ones are.
 3. Both kinds come one after the other, each at --load times what the best boundary for it sustains, to: the even split
-   (balanced), the best static splits of both kinds, the planner with each policy (from the even split on), and
-   PipeLive's own script, which begins with the first kind's best split and is told to change to the second's when the
-   requests change. One server serves them all, in another order each time (see ``bench adapt``).
+   (balanced), with --optimal the best static splits of both kinds, the planner with each policy (from the even split
+   on), and PipeLive's own script, which begins with the first kind's best split and is told to change to the second's
+   when the requests change. One server serves them all, in another order each time (see ``bench adapt``).
 
 The composite is PipeLive's mean of three scores: mean TTFT, mean TPOT and tokens/s, each in units of the best
 variant's. Its gain over the balanced split stands beside PipeLive's. Requests of the first --lead-in seconds do not
@@ -78,13 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="of flexpipe,gated (default gated)",
     )
+    stages.add_argument("--optimal", action="store_true", help="run the best static split of each kind too")
     load = parser.add_argument_group("load")
     load.add_argument(
         "--first", type=_mix, default=_mix("128+2"), metavar="P+O", help="prompt + output (default 128+2)"
     )
     load.add_argument("--second", type=_mix, default=_mix("32+160"), metavar="P+O", help="likewise (default 32+160)")
     load.add_argument("--load", type=float, default=0.9, metavar="X", help="of the best capacity (default 0.9)")
-    load.add_argument("--duration", type=float, default=16.0, metavar="S", help="of what counts (default 16)")
+    load.add_argument("--duration", type=float, default=24.0, metavar="S", help="of what counts (default 24)")
     load.add_argument("--lead-in", type=float, default=2.0, metavar="S", help="before that (default 2)")
     load.add_argument("--cv", type=float, default=0.1, help="of the gaps between requests (default 0.1, as PipeLive)")
     load.add_argument("--concurrency", type=positive_int, default=12, metavar="N", help="of the sweep (default 12)")
@@ -217,8 +218,10 @@ class _Experiment:
         phases = [(self._mixes[0], rates[0], args.lead_in + half_s), (self._mixes[1], rates[1], half_s)]
         workload = shifting_arrivals(phases, cv=args.cv, seed=args.seed)
         prompts = make_prompts(self._builder, workload, seed=(args.seed, 3))
-        statics = {second: f"best for {self._mixes[1].name}", first: f"best for {self._mixes[0].name}", even: BALANCED}
-        variants = [Variant(name, (boundary,)) for boundary, name in reversed(statics.items())]
+        statics = {even: BALANCED}
+        if args.optimal:
+            statics = {second: f"best for {self._mixes[1].name}", first: f"best for {self._mixes[0].name}"} | statics
+        variants = [Variant(name, (boundary,)) for boundary, name in statics.items()]
         variants += [Variant(policy, (even,), policy) for policy in args.policies]
         if first != second:
             variants.append(Variant("scripted", (first,), moves=((args.lead_in + half_s, (second,)),)))
