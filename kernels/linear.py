@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.kernels.native import native_library
@@ -37,6 +37,19 @@ class Linear(Protocol):
         ...
 
 
+class Embedding(Protocol):
+    """A matrix of which rows are taken."""
+
+    @property
+    def packed(self) -> torch.Tensor:
+        """The matrix as :func:`pack_weight` lays it out for the embedding's kind."""
+        ...
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows ``ids`` int64 [n] of the matrix: [n, in_features]."""
+        ...
+
+
 class PlainLinear:
     """The weight as it is in the checkpoint, [out_features, in_features]."""
 
@@ -44,6 +57,9 @@ class PlainLinear:
         self.packed = weight
         self.bias = bias
         self._transposed = weight.t()
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return embedding(ids, self.packed)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.packed, self.bias)
@@ -166,6 +182,18 @@ def make_linear(packed: torch.Tensor, bias: torch.Tensor | None = None, *, kind:
     if kind == "native":
         return NativeLinear(_native(), packed, bias, num_outputs=num_outputs)
     return _KINDS[kind](packed, bias)
+
+
+def embedding_kind(kind: str) -> str:
+    """The kind in which an embedding lies beside linear maps of ``kind``: one that knows its rows."""
+    return kind if kind in ("native", "plain") else "plain"
+
+
+def make_embedding(packed: torch.Tensor, *, kind: str, num_rows: int) -> Embedding:
+    """An embedding over a matrix of :func:`pack_weight`, packed for ``embedding_kind(kind)``."""
+    if kind == "native":
+        return NativeLinear(_native(), packed, None, num_outputs=num_rows)
+    return PlainLinear(packed, None)
 
 
 def _native() -> ctypes.CDLL:

@@ -110,6 +110,11 @@ def _load(path: Path) -> ctypes.CDLL:
     pointer, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.flexpipe_panel.argtypes = ()
     library.flexpipe_panel.restype = count
+    library.flexpipe_block_bytes.argtypes = (count,)
+    library.flexpipe_block_bytes.restype = count
+    library.flexpipe_encode.argtypes = (count, pointer, count, count, count, count, pointer)
+    library.flexpipe_encode.restype = threads
+    library.flexpipe_rows.argtypes = (pointer, pointer, count, pointer)
     library.flexpipe_linear.argtypes = (pointer, pointer, count, pointer, pointer, threads)
     library.flexpipe_attention.argtypes = (
         *(pointer, pointer, pointer, count),
@@ -117,6 +122,6 @@ def _load(path: Path) -> ctypes.CDLL:
         *(pointer, pointer, threads),
     )
     library.flexpipe_layers.argtypes = (pointer, pointer, count, pointer, pointer, pointer, count, threads)
-    for name in ("flexpipe_linear", "flexpipe_attention", "flexpipe_layers"):
+    for name in ("flexpipe_linear", "flexpipe_rows", "flexpipe_attention", "flexpipe_layers"):
         getattr(library, name).restype = None
     return library

@@ -216,7 +216,8 @@ class FleetScaling:
         try:
             new = engine.launch(layout)
             uses = [other.memory.use() for other in serving]
-            shares = make_room(uses, new, budget=engine.memory.budget, weights=self._maker.weights)
+            weights = self._maker.weights.seen(r.weight_sizes for use in uses for r in use.reports.values())
+            shares = make_room(uses, new, budget=engine.memory.budget, weights=weights)
             for other, use, share in zip(serving, uses, shares, strict=True):
                 former = {domain: use.budgets[domain] for domain in share}
                 if share != former:

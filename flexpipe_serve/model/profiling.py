@@ -95,6 +95,7 @@ def profile_model(
         )
         others_share = others.share()
         layer_scale = stage.measure_kinds()
+        layer_bytes, embedding_bytes, head_bytes = stage.weight_bytes()
         load_bytes_per_s, cached_load_bytes_per_s = stage.measure_loading()
     fitted = [_measured(probe, seconds[probe]) for probe in probes]
     times = fit_times(fitted, layer_scale=layer_scale)
@@ -117,9 +118,9 @@ def profile_model(
         stage_s=times.stage_s,
         hop_s=hop_s,
         step_s=step_s + hop_s,  # of the result
-        layer_bytes=tuple(spec.layer_bytes(layer, dtype) for layer in range(spec.num_layers)),
-        embedding_bytes=spec.embedding_bytes(dtype),
-        head_bytes=spec.head_bytes(dtype),
+        layer_bytes=layer_bytes,
+        embedding_bytes=embedding_bytes,
+        head_bytes=head_bytes,
         kv_bytes_per_token=spec.kv_bytes_per_token(dtype),
         activation_bytes_per_token=spec.hidden_size * dtype_size(dtype),
         load_bytes_per_s=load_bytes_per_s,
@@ -268,6 +269,13 @@ class ProbedStage:
         self._computer.run(assignment, step, given, kv=self._kv, num_blocks=num_blocks, held_seconds=0.0)
         return time.perf_counter() - started
 
+    def weight_bytes(self) -> tuple[tuple[int, ...], int, int]:
+        """Of each layer, of the embedding and of the head, as they are held. A layer that is not is taken to be like
+        another one with as many weights."""
+        sizes, kinds = self._computer.model.sizes, _kinds(self._spec)
+        layers = (sizes.layers.get(i, sizes.layers[kinds[num]]) for i, num in enumerate(self._spec.layer_elements))
+        return tuple(layers), sizes.embedding, sizes.head
+
     def measure_loading(self) -> tuple[float, float | None]:
         """Bytes a second of having a layer ready, from the system's page cache and from the host cache; None where that
         has no room. The stage holds nothing but a layer afterwards."""
@@ -281,7 +289,7 @@ class ProbedStage:
 
     def _reload_rate(self) -> float:
         model = self._computer.model
-        num_bytes = model.weights_bytes
+        num_bytes = model.sizes.total
         rates = []
         for _ in range(_NUM_RELOADS):
             model.keep(())

@@ -7,12 +7,19 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from flexpipe_serve.errors import UnsupportedModelError
 from flexpipe_serve.kernels.attention import AttentionBackend
 from flexpipe_serve.kernels.elementwise import rms_norm
-from flexpipe_serve.kernels.linear import Linear, PlainLinear, make_linear, nothing, pack_weight
+from flexpipe_serve.kernels.linear import (
+    Embedding,
+    Linear,
+    embedding_kind,
+    make_embedding,
+    make_linear,
+    nothing,
+    pack_weight,
+)
 from flexpipe_serve.kernels.native_attention import NativeAttention, NativePlan
 from flexpipe_serve.kernels.native_layer import NativeLayer, run_layers
 from flexpipe_serve.model.checkpoint import Checkpoint
@@ -22,9 +29,10 @@ from flexpipe_serve.model.layer import DecoderLayer, StepContext
 from flexpipe_serve.model.layer_maker import make_layer_maker
 from flexpipe_serve.model.one_thread import one_thread
 from flexpipe_serve.model.source import EMBEDDING_NAME, HEAD_NAME, NORM_NAME, ModelSpec
+from flexpipe_serve.model.weight_sizes import WeightSizes
 from flexpipe_serve.placement.host_cache import HostCache
 
-_READY_FORM = 1
+_READY_FORM = 2
 """Counts changes of what is packed how: weights in another form are no use in a cache."""
 _EMBEDDING, _HEAD = "embedding", "head"
 Weights = Mapping[str, torch.Tensor]
@@ -53,7 +61,7 @@ class StageModel:
         self._checkpoint = Checkpoint(spec.path)
         self._maker = make_layer_maker(spec, device=device, linear=linear)
         self._layers: dict[int, DecoderLayer] = {}
-        self._embedding: torch.Tensor | None = None
+        self._embedding: Embedding | None = None
         self._norm: torch.Tensor | None = None
         self._head: Linear | None = None
         self._cache: HostCache | None = None
@@ -69,12 +77,19 @@ class StageModel:
         return tuple(sorted(self._layers))
 
     @property
-    def weights_bytes(self) -> int:
-        """Memory that all weights held take."""
-        dtype = str(self._dtype).removeprefix("torch.")
-        layers = sum(self._spec.layer_bytes(layer, dtype) for layer in self._layers)
-        embedding = 0 if self._embedding is None or self._has_one_matrix else self._spec.embedding_bytes(dtype)
-        return layers + embedding + (0 if self._head is None else self._spec.head_bytes(dtype))
+    def sizes(self) -> WeightSizes:
+        """Memory of what is held."""
+        layers = {
+            index: sum(tensor.nbytes for tensor in layer.weights().values()) for index, layer in self._layers.items()
+        }
+        embedding, head = self._embedding, self._head
+        shared = embedding is not None and head is not None and embedding.packed is head.packed
+        return WeightSizes(
+            layers=layers,
+            embedding=0 if embedding is None else embedding.packed.nbytes,
+            head=0 if head is None or self._norm is None else head.packed.nbytes + self._norm.nbytes,
+            shared_ends=head.packed.nbytes if head is not None and shared else 0,
+        )
 
     @property
     def weights_key(self) -> str:
@@ -131,10 +146,9 @@ class StageModel:
                 cache.write(_part_of(index), layer.weights(), between=between)
             del layer
         embedding, norm, head = self._embedding, self._norm, self._head
-        if embedding is None and head is not None and self._shares_matrix:
-            embedding = head.packed
-        if embedding is not None and _EMBEDDING not in cache:
-            cache.write(_EMBEDDING, {"weight": embedding}, between=between)
+        matrix = embedding or (head if self._shares_matrix else None)
+        if matrix is not None and _EMBEDDING not in cache:
+            cache.write(_EMBEDDING, {"weight": matrix.packed}, between=between)
         if norm is not None and head is not None and _HEAD not in cache:
             weights = {"norm": norm} if self._shares_matrix else {"norm": norm, "weight": head.packed}
             cache.write(_HEAD, weights, between=between)
@@ -175,7 +189,7 @@ class StageModel:
         hidden = inputs
         if is_first:
             assert self._embedding is not None, "the embedding is not loaded"
-            hidden = functional.embedding(inputs, self._embedding)
+            hidden = self._embedding.rows(inputs)
         rotary = self._maker.rotary(hidden, positions)
         if isinstance(plan, NativePlan) and (natives := self._natives(layers)):
             return run_layers(natives, hidden, rotary, kvs=[kv[index] for index in layers], plan=plan)
@@ -199,27 +213,22 @@ class StageModel:
         return natives if len(natives) == len(held) else []
 
     @property
-    def _has_one_matrix(self) -> bool:
-        """Whether one matrix serves both ends here."""
-        return isinstance(self._head, PlainLinear) and self._head.packed is self._embedding
-
-    @property
     def _shares_matrix(self) -> bool:
-        """Whether one matrix can serve both ends: tied, plain weights. Packed, the head is a copy."""
-        return self._spec.tied_embeddings and self._linear == "plain"
+        """Whether one matrix can serve both ends: tied, and laid out alike."""
+        return self._spec.tied_embeddings and self._linear == embedding_kind(self._linear)
 
     def _load_embedding(self, between: Callable[[], None]) -> None:
-        if self._shares_matrix and self._head is not None:
-            self._embedding = self._head.packed
-        else:
-            self._embedding = self._read_embedding(between)
+        packed = self._head.packed if self._shares_matrix and self._head else self._load_matrix(between)
+        self._embedding = make_embedding(packed, kind=self._linear, num_rows=self._spec.vocab_size)
 
     def _load_head(self, between: Callable[[], None]) -> None:
         weights = self._from_cache(_HEAD, between) or self._prepare_head(between)
-        if self._shares_matrix:
-            packed = self._read_embedding(between) if self._embedding is None else self._embedding
-        else:
+        if not self._shares_matrix:
             packed = weights["weight"]
+        elif self._embedding is not None:
+            packed = self._embedding.packed
+        else:
+            packed = self._load_matrix(between)
         self._norm = weights["norm"]
         self._head = make_linear(packed, kind=self._linear, num_outputs=self._spec.vocab_size)
 
@@ -239,10 +248,13 @@ class StageModel:
             )
         return {"norm": norm, "weight": pack_weight(weight, kind=self._linear, between=between)}
 
-    def _read_embedding(self, between: Callable[[], None]) -> torch.Tensor:
+    def _load_matrix(self, between: Callable[[], None]) -> torch.Tensor:
+        """The embedding's matrix, packed."""
         # Of an embedding alone a step reads some rows: large pages are for maps.
         weights = self._from_cache(_EMBEDDING, between, huge_pages=self._shares_matrix)
-        return self._read(EMBEDDING_NAME, between) if weights is None else weights["weight"]
+        if weights is not None:
+            return weights["weight"]
+        return pack_weight(self._read(EMBEDDING_NAME, between), kind=embedding_kind(self._linear), between=between)
 
     def _from_cache(self, part: str, between: Callable[[], None], *, huge_pages: bool = True) -> Weights | None:
         if self._cache is None:

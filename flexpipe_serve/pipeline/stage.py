@@ -143,7 +143,7 @@ class Stage:
         """The state now; also while the stage is loading."""
         setup, newest = self.setup, max(self._assignments, default=0)
         held = self._assignments.get(newest)
-        weights = self._model.weights_bytes
+        sizes = self._model.sizes
         snapshot_bytes, patch_bytes = self._copies.num_bytes(newest)
         on_cpu = self._device.type == "cpu"
         domain = self.node if on_cpu else f"{self.node}/{self._device}"
@@ -166,8 +166,9 @@ class Stage:
             epoch=self._last_epoch,
             start=held.start if held else 0,
             stop=held.stop if held else 0,
-            weights_bytes=weights,
-            overhead_bytes=max(0, private_bytes(self._device) - weights)
+            weights_bytes=sizes.total,
+            weight_sizes=sizes,
+            overhead_bytes=max(0, private_bytes(self._device) - sizes.total)
             + work_bytes(self.computer.spec, num_tokens=setup.num_work_tokens, itemsize=self.computer.dtype.itemsize),
             kv_bytes=self._kv.committed_bytes,
             num_blocks=self._kv.num_blocks,

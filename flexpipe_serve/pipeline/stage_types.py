@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from flexpipe_serve.model.weight_sizes import WeightSizes
 from flexpipe_serve.pipeline.channel import CurveKeys, Endpoint
 from flexpipe_serve.placement.host_cache_use import HostCacheUse
 from flexpipe_serve.placement.topology import DeviceKind, Topology
@@ -110,6 +111,8 @@ class StageReport:
     """Snapshots and patches received for the newest epoch."""
     patch_bytes: int = 0
     """Of those, patches."""
+    weight_sizes: WeightSizes = field(default_factory=WeightSizes)
+    """Of which ``weights_bytes`` is the total."""
     host_cache: HostCacheUse | None = None
     """Of its node; None: there is none."""
 

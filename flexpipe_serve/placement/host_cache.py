@@ -102,7 +102,7 @@ class HostCache:
         """Keep ``part``; parts not used for longest make room.
 
         Args:
-            weights: by name, float32, bfloat16 or float16.
+            weights: by name, float32, bfloat16, float16, or uint8 where they are packed.
             between: called after every few MB; may wait, or raise to give up.
 
         Returns:

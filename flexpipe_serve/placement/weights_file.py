@@ -28,7 +28,9 @@ _ALIGNMENT = 256
 _PIECE_BYTES = 2 << 20
 _SUMMED_BYTES = 256 << 10
 """Small enough to be in the core's cache still when it is summed."""
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+}
 
 Array = np.ndarray[tuple[int], np.dtype[np.uint8]]
 

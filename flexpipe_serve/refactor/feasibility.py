@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from flexpipe_serve.kv.capacity import StageFootprint, blocks_by_domain
+from flexpipe_serve.model.weight_sizes import WeightSizes
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.refactor.moves import held_layers, moves_between
 from flexpipe_serve.refactor.record import DomainPlan, Mode, MovePlan, RefactorPlan, StagePlan
@@ -18,7 +19,7 @@ REFUSED = "refused"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelWeights:
-    """Bytes of a model's weights, as stages hold them."""
+    """Bytes of a model's weights on stages: at most, or where they were seen, exactly."""
 
     layers: tuple[int, ...]
     """Of each layer."""
@@ -33,6 +34,20 @@ class ModelWeights:
         """Bytes of these layers and ends on one stage."""
         ends = is_first * self.embedding + is_last * self.head - (is_first and is_last) * self.shared_ends
         return sum(self.layers[layer] for layer in layers) + ends
+
+    def seen(self, sizes: Iterable[WeightSizes]) -> ModelWeights:
+        """These, with what stages hold of them at its real size."""
+        layers, embedding, head, shared_ends = dict(enumerate(self.layers)), self.embedding, self.head, self.shared_ends
+        for held in sizes:
+            layers.update(held.layers)
+            embedding, head = held.embedding or embedding, held.head or head
+            shared_ends = held.shared_ends or shared_ends
+        return ModelWeights(
+            layers=tuple(layers[layer] for layer in range(len(self.layers))),
+            embedding=embedding,
+            head=head,
+            shared_ends=shared_ends,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

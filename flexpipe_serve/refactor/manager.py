@@ -252,7 +252,7 @@ class RefactorManager:
             old=old,
             new=new,
             mode=request.mode,
-            weights=self._weights,
+            weights=self._weights.seen(report.weight_sizes for report in reports.values()),
             stages=stages,
             parked=retired[: max(0, self.num_warm_stages - kept)],
             budgets=budgets,

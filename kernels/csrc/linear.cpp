@@ -13,18 +13,19 @@ constexpr int kMaxRows = 8;
 #else
 constexpr int kMaxRows = 4;
 #endif
-constexpr int kVecs = kPanel / kLanes;
 // Rows that are multiplied with a panel before the next panel is fetched: their inputs stay in the second-level cache.
 constexpr int64_t kRowsOfTask = 96;
 // Floats from the weights in use to those asked for from the second-level cache.
 constexpr int64_t kNear = 32 * kPanel;
-constexpr int kCacheLine = 64;
+// Inputs whose weights are decoded at a time for many rows: the floats stay in the nearest cache.
+constexpr int64_t kDecoded = 4 * kBlock;
+
+using Weights = Vec[kVecs];  // of one input
 
 // Some rows times one panel.
 struct Piece {
-    const float* panel;
-    const char* far;   // weights of the next panel, to be asked for from memory on the way
-    int64_t far_step;  // bytes of them for each input
+    const char* panel;
+    Form form;
     const float* x;
     int64_t num_inputs;
     const float* bias;
@@ -34,47 +35,160 @@ struct Piece {
     int64_t width;  // outputs of the panel
 };
 
-// With several pieces of rows to a panel, each asks for its share of the next panel, so that memory is never idle while
-// the processor computes: kLines cache lines for each input.
-template <int kRows, int kLines>
-void multiply(const Piece& piece) {
-    const float* const x = piece.x;
-    const int64_t num_inputs = piece.num_inputs, far_step = piece.far_step;
-    const float* weight = piece.panel;
-    const char* far = piece.far;
-    Vec sums[kRows][kVecs] = {};
-    for (int64_t k = 0; k < num_inputs; ++k) {
-        Vec w[kVecs];
-        for (int i = 0; i < kVecs; ++i) {
-            w[i] = load(weight + i * kLanes);
-            __builtin_prefetch(weight + kNear + i * kLanes);
-        }
-        for (int i = 0; i < kLines; ++i) __builtin_prefetch(far + i * kCacheLine, 0, 2);
-        weight += kPanel;
-        far += far_step;
+// The rows from the given one on.
+Piece from_row(Piece piece, int64_t row) {
+    piece.x += row * piece.num_inputs;
+    piece.out += row * piece.num_outputs;
+    if (piece.residual) piece.residual += row * piece.num_outputs;
+    return piece;
+}
+
+// Sums of kRows rows, in registers.
+template <int kRows>
+struct Sums {
+    Vec of[kRows][kVecs] = {};
+
+    // Adds the products with one input's weights; x is that input of the first row.
+    inline void add(const float* x, int64_t num_inputs, const Weights& w) {
 #pragma GCC unroll 16
         for (int row = 0; row < kRows; ++row) {
-            const Vec factor = broadcast(x[row * num_inputs + k]);
-            for (int i = 0; i < kVecs; ++i) sums[row][i] += factor * w[i];
+            const Vec factor = broadcast(x[row * num_inputs]);
+            for (int i = 0; i < kVecs; ++i) of[row][i] += factor * w[i];
         }
     }
+};
+
+// Writes a row's results from its sums y [kPanel].
+inline void finish(const Piece& piece, int64_t row, float* y) {
+    const int64_t at = row * piece.num_outputs;
+    for (int64_t i = 0; i < piece.width; ++i) {
+        if (piece.bias) y[i] += piece.bias[i];
+        piece.out[at + i] = piece.residual ? piece.residual[at + i] + y[i] : y[i];
+    }
+}
+
+template <int kRows>
+void finish(const Piece& piece, const Sums<kRows>& sums) {
     for (int row = 0; row < kRows; ++row) {
         float y[kPanel];
-        for (int i = 0; i < kVecs; ++i) store(y + i * kLanes, sums[row][i]);
-        const int64_t at = row * piece.num_outputs;
-        for (int64_t i = 0; i < piece.width; ++i) {
-            if (piece.bias) y[i] += piece.bias[i];
-            piece.out[at + i] = piece.residual ? piece.residual[at + i] + y[i] : y[i];
+        for (int i = 0; i < kVecs; ++i) store(y + i * kLanes, sums.of[row][i]);
+        finish(piece, row, y);
+    }
+}
+
+inline void load_weights(const float* floats, Weights& w) {
+    for (int i = 0; i < kVecs; ++i) w[i] = load(floats + i * kLanes);
+}
+
+// A panel of floats. With several pieces of rows to a panel, each asks for its share of the next one (far), so that
+// memory is never idle while the processor computes: far_step bytes, kLines cache lines, for each input.
+template <int kLines>
+struct MultiplyFloats {
+    const char* far;
+    int64_t far_step;
+
+    template <int kRows>
+    void run(const Piece& piece) const {
+        const int64_t num_inputs = piece.num_inputs, step = far_step;
+        const float* weight = reinterpret_cast<const float*>(piece.panel);
+        const char* ahead = far;
+        Sums<kRows> sums;
+        for (int64_t k = 0; k < num_inputs; ++k, weight += kPanel, ahead += step) {
+            Weights w;
+            load_weights(weight, w);
+            for (int i = 0; i < kVecs; ++i) __builtin_prefetch(weight + kNear + i * kLanes);
+            for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + i * kCacheLine, 0, 2);
+            sums.add(piece.x + k, num_inputs, w);
+        }
+        finish(piece, sums);
+    }
+};
+
+// A panel in another form: weights go from the decoder into the sums without touching memory.
+struct MultiplyBlocks {
+    template <int kRows>
+    void run(const Piece& piece) const {
+        const char* block = piece.panel;
+        Sums<kRows> sums;
+        for (int64_t k = 0; k < piece.num_inputs; k += kBlock, block += block_bytes(piece.form)) {
+            decode(piece.form, block,
+                   [&](int64_t i, const Weights& w) { sums.add(piece.x + k + i, piece.num_inputs, w); });
+        }
+        finish(piece, sums);
+    }
+};
+
+// Some inputs of a panel, whose weights are decoded, added to sums that wait in memory.
+struct AddFloats {
+    const float* floats;
+    int64_t num_floats;
+    float* waiting;  // [rows][kPanel]
+
+    template <int kRows>
+    void run(const Piece& piece) const {
+        const float* weight = floats;
+        Sums<kRows> sums;
+        for (int row = 0; row < kRows; ++row) load_weights(waiting + row * kPanel, sums.of[row]);
+        for (int64_t k = 0; k < num_floats; ++k, weight += kPanel) {
+            Weights w;
+            load_weights(weight, w);
+            sums.add(piece.x + k, piece.num_inputs, w);
+        }
+        for (int row = 0; row < kRows; ++row) {
+            for (int i = 0; i < kVecs; ++i) store(waiting + row * kPanel + i * kLanes, sums.of[row][i]);
+        }
+    }
+};
+
+template <typename Work, int kRows = kMaxRows>
+void run_rows(const Work& work, int64_t num_rows, const Piece& piece) {
+    if constexpr (kRows > 1) {
+        if (num_rows < kRows) return run_rows<Work, kRows - 1>(work, num_rows, piece);
+    }
+    work.template run<kRows>(piece);
+}
+
+void multiply_floats(const Piece& piece, int64_t num_rows, bool is_last) {
+    const int64_t num_pieces = (num_rows + kMaxRows - 1) / kMaxRows;
+    const int64_t far_step = (kPanel * int64_t(sizeof(float)) + num_pieces - 1) / num_pieces;
+    const char* far = piece.panel + piece.num_inputs * kPanel * int64_t(sizeof(float));
+    for (int64_t i = 0; i < num_pieces; ++i, far += far_step * piece.num_inputs) {
+        const int64_t row = i * num_rows / num_pieces, rows = (i + 1) * num_rows / num_pieces - row;
+        const Piece work = from_row(piece, row);
+        if (is_last) {
+            run_rows(MultiplyFloats<0>{far, far_step}, rows, work);
+        } else if (far_step > 2 * kCacheLine) {
+            run_rows(MultiplyFloats<3>{far, far_step}, rows, work);
+        } else if (far_step > kCacheLine) {
+            run_rows(MultiplyFloats<2>{far, far_step}, rows, work);
+        } else {
+            run_rows(MultiplyFloats<1>{far, far_step}, rows, work);
         }
     }
 }
 
-template <int kLines, int kRows = kMaxRows>
-void multiply_rows(int64_t num_rows, const Piece& piece) {
-    if constexpr (kRows > 1) {
-        if (num_rows < kRows) return multiply_rows<kLines, kRows - 1>(num_rows, piece);
+// Many rows times a panel in another form than floats: each weight is decoded once for all of them.
+void multiply_decoded(const Piece& piece, int64_t num_rows) {
+    alignas(kVecBytes) float floats[kDecoded * kPanel], waiting[kRowsOfTask * kPanel];
+    std::fill_n(waiting, num_rows * kPanel, 0.0f);
+    const char* block = piece.panel;
+    for (int64_t k = 0; k < piece.num_inputs; k += kDecoded) {
+        const int64_t num_floats = std::min(kDecoded, piece.num_inputs - k);
+        for (int64_t i = 0; i < num_floats; i += kBlock, block += block_bytes(piece.form)) {
+            decode(piece.form, block, floats + i * kPanel);
+        }
+        for (int64_t row = 0; row < num_rows; row += kMaxRows) {
+            Piece work = from_row(piece, row);
+            work.x += k;
+            run_rows(AddFloats{floats, num_floats, waiting + row * kPanel}, num_rows - row, work);
+        }
     }
-    multiply<kRows, kLines>(piece);
+    for (int64_t row = 0; row < num_rows; ++row) finish(piece, row, waiting + row * kPanel);
+}
+
+int64_t panel_bytes(const Linear& map) {
+    return map.form == kFloat32 ? map.num_inputs * kPanel * int64_t(sizeof(float))
+                                : map.num_inputs / kBlock * block_bytes(map.form);
 }
 
 }  // namespace
@@ -91,38 +205,38 @@ void linear(const Linear& map, const float* x, int64_t num_rows, const float* re
         const int64_t end_panel = (task % num_panel_tasks + 1) * num_panels / num_panel_tasks;
         const int64_t first_row = task / num_panel_tasks * kRowsOfTask;
         const int64_t task_rows = std::min(kRowsOfTask, num_rows - first_row);
-        const int64_t num_pieces = (task_rows + kMaxRows - 1) / kMaxRows;
-        const int64_t far_step = (kPanel * int64_t(sizeof(float)) + num_pieces - 1) / num_pieces;
         for (int64_t panel = first_panel; panel < end_panel; ++panel) {
             const int64_t output = panel * kPanel;
-            const float* const weight = map.weight + output * num_inputs;
-            const char* const next = reinterpret_cast<const char*>(weight + kPanel * num_inputs);
-            for (int64_t piece = 0; piece < num_pieces; ++piece) {
-                const int64_t row = first_row + piece * task_rows / num_pieces;
-                const int64_t end_row = first_row + (piece + 1) * task_rows / num_pieces;
-                const int64_t at = row * num_outputs + output;
-                const Piece work = {weight,
-                                    next + piece * far_step * num_inputs,
-                                    far_step,
-                                    x + row * num_inputs,
-                                    num_inputs,
-                                    map.bias ? map.bias + output : nullptr,
-                                    residual ? residual + at : nullptr,
-                                    out + at,
-                                    num_outputs,
-                                    std::min(kPanel, num_outputs - output)};
-                if (panel + 1 == end_panel) {
-                    multiply_rows<0>(end_row - row, work);
-                } else if (far_step > 2 * kCacheLine) {
-                    multiply_rows<3>(end_row - row, work);
-                } else if (far_step > kCacheLine) {
-                    multiply_rows<2>(end_row - row, work);
-                } else {
-                    multiply_rows<1>(end_row - row, work);
-                }
+            const Piece piece = from_row({map.weight + panel * panel_bytes(map), map.form, x, num_inputs,
+                                          map.bias ? map.bias + output : nullptr, residual ? residual + output : nullptr,
+                                          out + output, num_outputs, std::min(kPanel, num_outputs - output)},
+                                         first_row);
+            if (map.form == kFloat32) {
+                multiply_floats(piece, task_rows, panel + 1 == end_panel);
+            } else if (task_rows <= kMaxRows) {
+                run_rows(MultiplyBlocks{}, task_rows, piece);
+            } else {
+                multiply_decoded(piece, task_rows);
             }
         }
     });
+}
+
+void rows(const Linear& map, const int64_t* ids, int64_t num_ids, float* out) {
+    for (int64_t i = 0; i < num_ids; ++i) {
+        const char* const panel = map.weight + ids[i] / kPanel * panel_bytes(map);
+        const int64_t lane = ids[i] % kPanel;
+        if (map.form == kFloat32) {
+            const float* const floats = reinterpret_cast<const float*>(panel);
+            for (int64_t k = 0; k < map.num_inputs; ++k) *out++ = floats[k * kPanel + lane];
+        } else {
+            float floats[kBlock * kPanel];
+            for (int64_t block = 0; block < map.num_inputs / kBlock; ++block) {
+                decode(map.form, panel + block * block_bytes(map.form), floats);
+                for (int64_t k = 0; k < kBlock; ++k) *out++ = floats[k * kPanel + lane];
+            }
+        }
+    }
 }
 
 }  // namespace flexpipe
@@ -134,5 +248,9 @@ int64_t flexpipe_panel() { return flexpipe::kPanel; }
 void flexpipe_linear(const flexpipe::Linear* map, const float* x, int64_t num_rows, const float* residual, float* out,
                      int num_threads) {
     flexpipe::linear(*map, x, num_rows, residual, out, num_threads);
+}
+
+void flexpipe_rows(const flexpipe::Linear* map, const int64_t* ids, int64_t num_ids, float* out) {
+    flexpipe::rows(*map, ids, num_ids, out);
 }
 }

@@ -40,6 +40,39 @@ inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 
 inline Vec broadcast(float x) { return x - Vec{}; }
 
+inline Vec to_float(IntVec v) { return __builtin_convertvector(v, Vec); }
+
+// Small integers of memory, one to a lane.
+template <typename Narrow>
+inline IntVec load_widened(const char* p) {
+    typedef Narrow NarrowVec __attribute__((vector_size(kLanes * sizeof(Narrow))));
+    NarrowVec narrow;
+    std::memcpy(&narrow, p, sizeof(narrow));
+    return __builtin_convertvector(narrow, IntVec);
+}
+
+#if defined(__AVX512F__)
+inline IntVec load_uint8(const char* p) { return (IntVec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+inline IntVec load_int8(const char* p) { return (IntVec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+inline IntVec load_uint16(const char* p) {
+    return (IntVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+}
+#else
+inline IntVec load_uint8(const char* p) { return load_widened<uint8_t>(p); }
+inline IntVec load_int8(const char* p) { return load_widened<int8_t>(p); }
+inline IntVec load_uint16(const char* p) { return load_widened<uint16_t>(p); }
+#endif
+
+// The lower four bits of each lane as a float. By looking them up where that takes one instruction.
+inline Vec low_bits_to_float(IntVec v) {
+#if defined(__AVX512F__)
+    const __m512 floats = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (Vec)_mm512_permutexvar_ps((__m512i)v, floats);
+#else
+    return to_float(v & 15);
+#endif
+}
+
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 inline float sum(Vec v) {

@@ -45,7 +45,7 @@ def test_profile(
     assert profile.load_bytes_per_s > 1e5
     assert 0 < profile.error_mean <= profile.error_max
     assert profile.num_layers == len(profile.layer_bytes) == spec.num_layers
-    assert profile.layer_bytes[0] == spec.layer_bytes(0, "float32")
+    assert all(num_bytes >= spec.layer_bytes(0, "float32") for num_bytes in profile.layer_bytes), "random: no few bits"
     assert "hop from process to process" in printed
     assert f"{profile.num_measured} other steps" in printed
 
