@@ -74,13 +74,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--modes", type=_names(_MODES), default=_MODES, metavar="LIST", help=f"any of {','.join(_MODES)} (default: all)"
     )
-    what.add_argument("--rounds", type=positive_int, default=1, metavar="N", help="repetitions of all that (default 1)")
-    what.add_argument("--idle", type=float, default=5.0, metavar="S", help="shortest window at rest (default 5)")
+    what.add_argument(
+        "--rounds",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="repetitions (default 1); beside live, the other modes are measured in the first one only",
+    )
+    what.add_argument(
+        "--idle",
+        type=float,
+        default=3.0,
+        metavar="S",
+        help="shortest window at rest, half of it beside modes that stop (default 3)",
+    )
     what.add_argument(
         "--churn",
         type=positive_int,
         metavar="N",
-        help="instead: N live refactorings back to back between random layouts, and what is leaked",
+        help="instead: N live refactorings of a few layers back to back, in a hurry, at random, and what is leaked",
     )
     what.add_argument("--max-stages", type=positive_int, default=4, metavar="N", help="with --churn (default 4)")
     load = parser.add_argument_group("load")
@@ -190,6 +202,8 @@ class _Bench:
                     steps = tour(num_layers, kinds=args.kinds)
                     for round_index in range(args.rounds):
                         for mode in args.modes:
+                            if round_index and mode != Mode.LIVE and Mode.LIVE in args.modes:
+                                continue
                             await session.run(steps, mode=mode, round_index=round_index, rest_s=args.idle)
                 else:
                     await self._churn(domain, session, list(status["layout"]["boundaries"]), num_layers)
@@ -207,8 +221,10 @@ class _Bench:
             max_stages=self._args.max_stages,
             rng=np.random.default_rng([self._args.seed, 2]),
         )
-        await session.churn(steps, rest_s=self._args.idle)
-        self._holdings[domain] = (before, await look(session.handle, session.memory))
+        try:
+            await session.churn(steps, rest_s=self._args.idle)
+        finally:  # also after an interrupt
+            self._holdings[domain] = (before, await look(session.handle, session.memory))
 
     def report(self) -> None:
         """Tables, JSON and picture of what was measured."""

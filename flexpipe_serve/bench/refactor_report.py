@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 import msgspec
@@ -10,14 +11,17 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from flexpipe_serve.bench.load import StreamRecord
 from flexpipe_serve.bench.memory import Sample
 from flexpipe_serve.bench.refactor_run import Section
 from flexpipe_serve.bench.report import machine, spread_text
 from flexpipe_serve.bench.summary import Spread
-from flexpipe_serve.bench.trial import Figures, Trial, assess, extra_memory
-from flexpipe_serve.bench.windows import TokenTimes
+from flexpipe_serve.bench.trial import Figures, Trial, assess, at_rest, extra_memory
+from flexpipe_serve.bench.windows import TokenTimes, Window
 
 ALL_KINDS = "all"
+_LONG_PREFILL = 2.0
+"""Times the median."""
 TIE_LOGPROB = 1e-3
 """Two tokens whose log probabilities are closer are a tie: rounding, which depends on the batch, decides."""
 
@@ -31,6 +35,7 @@ class Row:
         mode: as in Trial.
         kind: of the steps, or ALL_KINDS.
         pooled: gaps and tokens of all trials together.
+        quiet: the same of trials in which nothing happens, cut out of the windows at rest.
         stop_ms: the server's: steps that could have run were held back for so long.
         longest_hold_ms: the longest that a single step was held back.
         seconds: from request to end.
@@ -44,6 +49,7 @@ class Row:
     mode: str
     kind: str
     pooled: Figures
+    quiet: Figures
     stop_ms: Spread | None
     longest_hold_ms: Spread | None
     seconds: Spread | None
@@ -70,8 +76,18 @@ def summary_rows(sections: Sequence[Section], samples: dict[str, list[Sample]]) 
 
 
 def token_times(sections: Iterable[Section]) -> TokenTimes:
-    """All streams' tokens; sections do not overlap in time."""
-    return TokenTimes(stream.token_times_s for section in sections for stream in section.streams)
+    """All streams' tokens, but for moments in which a prompt was computed; sections do not overlap in time."""
+    streams = [stream for section in sections for stream in section.streams]
+    return TokenTimes((stream.token_times_s for stream in streams), left_out=_prefills(streams))
+
+
+def _prefills(streams: Sequence[StreamRecord]) -> list[Window]:
+    """When prompts were computed. One that took much longer than usual is the server's fault and no excuse."""
+    waits = [stream.waiting for stream in streams if stream.waiting is not None]
+    if not waits:
+        return []
+    longest_s = _LONG_PREFILL * median(wait.seconds for wait in waits)
+    return [wait for wait in waits if wait.seconds <= longest_s]
 
 
 def _row(key: tuple[str, str, str], trials: list[Trial], times: TokenTimes, samples: list[Sample]) -> Row:
@@ -81,6 +97,7 @@ def _row(key: tuple[str, str, str], trials: list[Trial], times: TokenTimes, samp
     return Row(
         *key,
         pooled=assess(trials, times),
+        quiet=assess(at_rest(trials), times),
         stop_ms=Spread.of(record.stop_seconds * 1e3 for record in records),
         longest_hold_ms=Spread.of(record.longest_hold_seconds * 1e3 for record in records),
         seconds=Spread.of(record.seconds for record in records),
@@ -100,7 +117,16 @@ def render(sections: Sequence[Section], samples: dict[str, list[Sample]]) -> Gro
 def _stop_table(rows: Sequence[Row]) -> Table:
     table = _table(
         "Refactorings: median \\[range] over rounds",
-        ("done", "stop ms", "longest\nhold ms", "total s", "copied MB", "extra MB", "tokens\nlost %"),
+        (
+            "done",
+            "stop ms",
+            "longest\nhold ms",
+            "total s",
+            "copied MB",
+            "extra MB",
+            "tokens\nlost %",
+            "the same\nat rest",
+        ),
     )
     for row, names in _named(rows):
         done = f"{row.pooled.num_done}/{row.pooled.num}"
@@ -112,7 +138,7 @@ def _stop_table(rows: Sequence[Row]) -> Table:
             spread_text(row.seconds, digits=2),
             spread_text(row.copied_mb),
             spread_text(row.extra_mb),
-            _text(row.pooled.loss, "{:.1%}").rstrip("%"),
+            *(_text(figures.loss, "{:.1%}").rstrip("%") for figures in (row.pooled, row.quiet)),
             end_section=row.kind == ALL_KINDS,
         )
     return table
@@ -122,7 +148,8 @@ def _gap_table(rows: Sequence[Row]) -> Table:
     table = _table(
         "Gaps between tokens in the refactorings' windows and at rest, pooled over rounds",
         (
-            "n", "n rest", "p50 ms", "p50 rest", "p99 ms", "p99 rest", "p99\nratio", "max ms", "max rest",
+            "n", "n rest", "p50 ms", "p50 rest", "p99 ms", "p99 rest", "p99\nratio", "the same\nat rest", "max ms",
+            "max rest",
             "p99 ratio of\neach window",
         ),
     )  # fmt: skip
@@ -133,7 +160,7 @@ def _gap_table(rows: Sequence[Row]) -> Table:
             str(gaps.count),
             str(idle.count),
             *(_text(value, "{:.1f}") for value in (gaps.p50, idle.p50, gaps.p99, idle.p99)),
-            _text(row.pooled.p99_ratio, "{:.2f}"),
+            *(_text(figures.p99_ratio, "{:.2f}") for figures in (row.pooled, row.quiet)),
             *(_text(value, "{:.1f}") for value in (gaps.max, idle.max)),
             spread_text(row.p99_ratio, digits=2),
             end_section=row.kind == ALL_KINDS,
@@ -200,7 +227,13 @@ def notes(sections: Sequence[Section]) -> list[str]:
         for stream in section.streams
     )
     num_trials = sum(len(section.trials) for section in sections)
-    return [*found, f"{num_prefills} prompts were computed in the windows of {num_trials} refactorings."]
+    return [
+        *found,
+        f"{num_prefills} prompts were computed in the windows of {num_trials} refactorings; those moments, there and at"
+        " rest, are in no gap and no rate.",
+        "The same at rest: the middle of each window at rest against its first and last quarter. These have fewer"
+        " tokens than the refactorings' windows, so they show at least how far figures go up and down by themselves.",
+    ]
 
 
 def to_json(

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flexpipe_serve.async_handle import AsyncHandle
+from flexpipe_serve.async_handle import AsyncHandle, AsyncRefactorJob
 from flexpipe_serve.bench.arrivals import Arrival
 from flexpipe_serve.bench.client import Target
 from flexpipe_serve.bench.identity import Difference, find_difference
@@ -19,7 +19,7 @@ from flexpipe_serve.bench.trial import Trial, refactoring_window
 from flexpipe_serve.bench.wave import run_wave
 from flexpipe_serve.bench.windows import Window
 from flexpipe_serve.errors import ConfigError, RefactorBusyError, RefactorRefusedError
-from flexpipe_serve.refactor.record import Mode, RefactorRecord
+from flexpipe_serve.refactor.record import Mode, RefactorRecord, RefactorRequest
 
 CHURN = "churn"
 """The mode's name of back-to-back refactorings."""
@@ -31,9 +31,13 @@ _SETTLE_S = 0.5
 """Between a refactoring and the window at rest behind it."""
 _POOL_S = 60.0
 _POLL_S = 0.5
-"""Seldom: every look costs both sides CPU in the window that is measured."""
-_MAX_REST = 3
+"""Seldom: every look costs both sides CPU in the window that is measured; so there are as many looks at rest."""
+_CHURN_POLL_S = 0.1
+_CHURN_BYTES_PER_S = 2e8
+_MAX_REST = 2
 """A window at rest is as long as the refactoring before it, but at most so many times the usual."""
+_SHORT_REST = 0.5
+"""Times the usual, for modes whose stops are far longer than any noise."""
 _MAX_LOOKED_UP = 10
 
 
@@ -125,6 +129,7 @@ class Session:
         self.sections: list[Section] = []
         self._layout: Boundaries = ()
         self._num_warm = 0
+        self._last_job: AsyncRefactorJob | None = None
 
     async def prepare(self) -> dict[str, Any]:
         """Computes the reference outputs, on the server at rest. Returns its status.
@@ -185,7 +190,9 @@ class Session:
             )
 
     async def run(self, steps: Sequence[Step], *, mode: str, round_index: int, rest_s: float) -> None:
-        """Measures each step, with a window at rest before and behind it."""
+        """Measures each step, with a window at rest before and behind it; that between two steps serves both."""
+        if mode != Mode.LIVE:
+            rest_s *= _SHORT_REST
         async with self.loaded(mode, round_index) as (section, load):
             before: Window | None = None
             for step in steps:
@@ -195,10 +202,10 @@ class Session:
                     before = None
                     step = replace(step, old=self._layout)
                 if before is None:
-                    before = await _rest(rest_s)
+                    before = await self._rest(rest_s)
                 record, window, asked_s = await self.refactor(step.new, mode=mode)
                 await self._settle(load)
-                after = await _rest(min(max(rest_s, window.seconds), _MAX_REST * rest_s))
+                after = await self._rest(min(max(rest_s, window.seconds), _MAX_REST * rest_s))
                 section.trials.append(
                     Trial(self.domain, mode, round_index, step, record, window, asked_s, before, after)
                 )
@@ -206,20 +213,18 @@ class Session:
                 before = after
 
     async def churn(self, steps: Iterable[Step], *, rest_s: float) -> None:
-        """Carries the steps out back to back, with one window at rest before and one behind all of them."""
+        """Carries the steps out back to back and in a hurry, with one window at rest before and one behind all of them.
+        What was done before an interrupt is kept."""
         async with self.loaded(CHURN, 0) as (section, load):
-            before = await _rest(rest_s)
-            done: list[tuple[Step, RefactorRecord, Window, float]] = []
+            before = await self._rest(rest_s)
             for index, step in enumerate(steps):
                 step = replace(step, old=self._layout)
-                done.append((step, *await self.refactor(step.new, mode=Mode.LIVE)))
-                self._say(f"{self.domain}, churn {index + 1}: {describe(step, done[-1][1])}")
+                record, window, asked_s = await self.refactor(step.new, mode=Mode.LIVE, hurry=True)
+                section.trials.append(Trial(self.domain, CHURN, 0, step, record, window, asked_s, before, before))
+                self._say(f"{self.domain}, churn {index + 1}: {describe(step, record)}")
             await self._settle(load)
-            after = await _rest(rest_s)
-            section.trials = [
-                Trial(self.domain, CHURN, 0, step, record, window, asked_s, before, after)
-                for step, record, window, asked_s in done
-            ]
+            after = await self._rest(rest_s)
+            section.trials = [replace(trial, after=after) for trial in section.trials]
 
     async def _settle(self, load: SteadyLoad) -> None:
         """After a refactoring, until all is as at rest: replayed streams have caught up, and the pool is full again; a
@@ -232,25 +237,50 @@ class Session:
             await asyncio.sleep(_POLL_S)
         await asyncio.sleep(_SETTLE_S)
 
-    async def refactor(self, boundaries: Boundaries, *, mode: str) -> tuple[RefactorRecord, Window, float]:
+    async def _rest(self, seconds: float) -> Window:
+        """A window at rest, with looks at the server as often as in one of a refactoring."""
+        start_s = time.perf_counter()
+        while (left_s := start_s + seconds - time.perf_counter()) > 0:
+            if self._last_job is not None:
+                await self._last_job.record()
+            await asyncio.sleep(min(_POLL_S, left_s))
+        return Window(start_s, time.perf_counter())
+
+    async def refactor(
+        self, boundaries: Boundaries, *, mode: str, hurry: bool = False
+    ) -> tuple[RefactorRecord, Window, float]:
         """Refactors, and waits for the end. A refused one has the record of its dry run.
+
+        Args:
+            boundaries: of the new layout.
+            mode: how.
+            hurry: load without rests and copy fast.
 
         Returns:
             Its record, its window, and when it was asked for.
         """
         offset_s = time.time() - time.perf_counter()
         asked_s = time.perf_counter()
+        poll_s = _CHURN_POLL_S if hurry else _POLL_S
+        request = RefactorRequest(
+            boundaries=boundaries,
+            mode=Mode(mode),
+            hurry=hurry,
+            max_bytes_per_s=_CHURN_BYTES_PER_S if hurry else None,
+            reason="benchmark",
+        )
         try:
-            job = await self.handle.refactor(boundaries=boundaries, mode=mode, reason="benchmark")
+            first = await self.handle.call("POST", "/flexpipe/refactor", RefactorRecord, request)
+            job = self._last_job = AsyncRefactorJob(self.handle, first)
         except RefactorBusyError:  # the record of the one before is closed a moment before it makes room
-            await asyncio.sleep(_POLL_S)
-            return await self.refactor(boundaries, mode=mode)
+            await asyncio.sleep(poll_s)
+            return await self.refactor(boundaries, mode=mode, hurry=hurry)
         except RefactorRefusedError:
             job = await self.handle.refactor(boundaries=boundaries, mode=mode, dry_run=True)
         answered_s = time.perf_counter()
         record = await job.record()
         while not record.is_over:
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(poll_s)
             record = await job.record()
         window = refactoring_window(record, asked_s=asked_s, answered_s=answered_s, clock_offset_s=offset_s)
         # Not what was asked for: it may have been aborted, or recovered.
@@ -274,9 +304,3 @@ def describe(step: Step, record: RefactorRecord) -> str:
         f" stop {record.stop_seconds * 1e3:.2f} ms"
     )
     return text if record.error is None else f"{text} ({record.error})"
-
-
-async def _rest(seconds: float) -> Window:
-    start_s = time.perf_counter()
-    await asyncio.sleep(seconds)
-    return Window(start_s, time.perf_counter())

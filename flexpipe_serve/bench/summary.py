@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from flexpipe_serve.bench.wave import RequestRecord, Wave
 
@@ -29,6 +30,19 @@ class Quantiles:
             return cls(0, None, None, None, None, None)
         p50, p90, p99 = (float(q) for q in np.quantile(ms, (0.5, 0.9, 0.99)))
         return cls(int(ms.size), float(ms.mean()), p50, p90, p99, float(ms.max()))
+
+    @classmethod
+    def of_weighted(cls, durations_s: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> "Quantiles":
+        """Likewise, where each stands for ``weights`` of its kind; those of weight 0 count for nothing."""
+        is_some = weights > 0
+        ms, weights = durations_s[is_some] * 1e3, weights[is_some]
+        if ms.size == 0:
+            return cls(0, None, None, None, None, None)
+        order = np.argsort(ms)
+        ms, weights = ms[order], weights[order]
+        places = (np.cumsum(weights) - weights / 2) / weights.sum()
+        p50, p90, p99 = (float(q) for q in np.interp((0.5, 0.9, 0.99), places, ms))
+        return cls(int(ms.size), float(np.average(ms, weights=weights)), p50, p90, p99, float(ms[-1]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -12,6 +13,10 @@ Boundaries = tuple[int, ...]
 
 KINDS = ("shift", "split", "both-ways", "merge", "scale-in", "scale-out")
 _MIN_LAYERS = 6
+_CHURN_SHARES = {"shift": 0.6, "both-ways": 0.16, "split": 0.12, "merge": 0.12}
+"""How often each kind; few splits, for each may start a process, which takes longer than all the rest."""
+_MAX_MOVED = 3
+"""Layers that a boundary moves by, or that a stage begins with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +24,7 @@ class Step:
     """One refactoring to be measured.
 
     Args:
-        kind: one of KINDS, or ``random``.
+        kind: one of KINDS.
         old: the layout before.
         new: the layout after.
     """
@@ -65,23 +70,46 @@ def tour(num_layers: int, *, kinds: Sequence[str] = KINDS) -> list[Step]:
 def random_steps(
     num_steps: int, *, start: Boundaries, num_layers: int, max_stages: int, rng: np.random.Generator
 ) -> Iterator[Step]:
-    """Back-to-back refactorings between random layouts of 1 to ``max_stages`` stages.
-
-    The last of several ends at ``start``. Each number of stages is as likely as any other, and within it each set of
-    boundaries; no step keeps its layout.
+    """Back-to-back refactorings between layouts of 1 to ``max_stages`` stages, each of a random kind and but a few
+    layers away from the one before. The last of several ends at ``start``, from wherever that is; no step keeps its
+    layout.
 
     Raises:
-        ConfigError: there is only one layout to choose from.
+        ConfigError: there are too few layouts to choose from.
     """
-    if min(max_stages, num_layers) < 2:
-        raise ConfigError(f"max stages is {max_stages}, of {num_layers} layers; nothing can change below 2")
+    if max_stages < 2 or num_layers < 3:
+        raise ConfigError(
+            f"max stages is {max_stages}, of {num_layers} layers; there is a choice from 2 stages of 3 layers on"
+        )
     old = start
     for index in range(num_steps):
-        new = start if index == num_steps - 1 else old
+        kind, new = "shift", start if index == num_steps - 1 else old
         # The step before the last must leave the start, else the last would change nothing.
         while new == old or (index == num_steps - 2 and new == start):
-            num_stages = int(rng.integers(1, min(max_stages, num_layers) + 1))
-            cuts = rng.choice(np.arange(1, num_layers), num_stages - 1, replace=False)
-            new = tuple(sorted(int(cut) for cut in cuts))
-        yield Step("random", old, new)
+            kind = str(rng.choice(list(_CHURN_SHARES), p=list(_CHURN_SHARES.values())))
+            new = _neighbour(old, kind, num_layers=num_layers, max_stages=max_stages, rng=rng)
+        yield Step(kind, old, new)
         old = new
+
+
+def _neighbour(old: Boundaries, kind: str, *, num_layers: int, max_stages: int, rng: np.random.Generator) -> Boundaries:
+    """A layout that a step of that kind leads to; ``old`` where there is none."""
+    ends = [0, *old, num_layers]
+    moved = int(rng.integers(1, _MAX_MOVED + 1))
+    if len(old) >= max_stages:  # only where it starts with more than it may have
+        return old[: max_stages - 1]
+    new = list(old)
+    if kind == "split" and len(old) + 1 < max_stages:
+        stage = int(rng.integers(len(old) + 1))
+        new.append(ends[stage] + moved if rng.random() < 0.5 else ends[stage + 1] - moved)
+    elif kind == "merge" and old:
+        del new[int(rng.integers(len(old)))]
+    elif kind == "shift" and old:
+        new[int(rng.integers(len(old)))] += int(rng.choice((-moved, moved)))
+    elif kind == "both-ways" and len(old) > 1:
+        first, by = int(rng.integers(len(old) - 1)), int(rng.choice((-moved, moved)))
+        new[first] -= by
+        new[first + 1] += by
+    wanted = tuple(sorted(new))
+    is_valid = all(former < latter for former, latter in pairwise((0, *wanted, num_layers)))
+    return wanted if is_valid else old

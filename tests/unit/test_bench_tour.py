@@ -59,6 +59,11 @@ def test_random_steps(num_steps: int, num_layers: int, max_stages: int, seed: in
     assert found == steps()
     assert len(found) == num_steps
     assert all(len(step.new) < max_stages for step in found[:-1])
+    for step in found[:-1]:
+        by = len(step.new) - len(step.old)
+        if step.kind in ("shift", "both-ways") and len(step.old) < max_stages:
+            assert by == 0
+            assert sum(abs(a - b) for a, b in zip(step.old, step.new, strict=True)) <= 6
     assert all(step.old != step.new for step in found)
     for step in found:
         make_layout(num_layers=num_layers, boundaries=step.new)

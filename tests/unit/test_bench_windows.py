@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from flexpipe_serve.bench.memory import peak_extra_bytes
 from flexpipe_serve.bench.tour import Step
-from flexpipe_serve.bench.trial import Trial, assess, extra_memory, refactoring_window
-from flexpipe_serve.bench.windows import TokenTimes, Window, expected_tokens
+from flexpipe_serve.bench.trial import Trial, assess, at_rest, extra_memory, refactoring_window
+from flexpipe_serve.bench.windows import TokenTimes, Window, split
 from flexpipe_serve.refactor.record import Mode, Outcome, Phase, RefactorPlan, RefactorRecord
 
 times_of_streams = st.lists(st.lists(st.floats(0, 100), max_size=12).map(sorted), min_size=1, max_size=4)
@@ -66,12 +66,12 @@ def test_tokens_are_counted_once(streams: list[list[float]], cuts: list[float]) 
     assert times.count(Window(-1, 101)) == sum(map(len, streams))
 
 
-def test_expected_tokens() -> None:
+def test_a_window_is_split_at_the_switch() -> None:
     window = Window(10, 14)
-    assert expected_tokens(window, switched_s=11, rate_before=100, rate_after=10) == 130
-    assert expected_tokens(window, switched_s=None, rate_before=100, rate_after=10) == 400
-    assert expected_tokens(window, switched_s=99, rate_before=100, rate_after=10) == 400
-    assert expected_tokens(window, switched_s=9, rate_before=100, rate_after=10) == 40
+    assert split(window, 11) == (Window(10, 11), Window(11, 14))
+    assert split(window, None) == (window, Window(14, 14))
+    assert split(window, 99) == (window, Window(14, 14))
+    assert split(window, 9) == (Window(10, 10), window)
 
 
 def steady(start_s: float, end_s: float, gap_s: float, *, silent: tuple[float, float] = (0, 0)) -> list[float]:
@@ -139,3 +139,61 @@ def test_peak_memory() -> None:
     assert peak_extra_bytes(samples, before=Window(0, 1.5), during=Window(1.6, 4)) == 150
     assert peak_extra_bytes(samples, before=Window(4, 5), during=Window(1.6, 4)) is None
     assert extra_memory(trial(Window(1.6, 4), before=Window(0, 1.5), after=Window(5, 6)), samples) == 150
+
+
+def test_layouts_of_different_speed_make_no_difference_by_themselves() -> None:
+    """The window is mostly of the slow layout, the rest mostly of the fast one: neither is a cost."""
+    times = TokenTimes([steady(0, 14, 0.1) + steady(14, 40, 0.2)])
+    found = assess(
+        [trial(Window(13, 30), before=Window(1, 12), after=Window(31, 34), switched_at=1001.0, seconds=17.0)], times
+    )
+    assert found.p50_ratio == pytest.approx(1)
+    assert found.p99_ratio == pytest.approx(1)
+    assert found.loss == pytest.approx(0, abs=0.05)
+    # All before the switch: the new layout's gaps are nobody's measure.
+    found = assess([trial(Window(12.5, 13.5), before=Window(1, 12), after=Window(31, 34), switched_at=1002.0)], times)
+    assert found.idle_gaps_ms.max == pytest.approx(100)
+
+
+def test_moments_of_prompts_count_nowhere() -> None:
+    """A prompt of a second in the window, and one at rest: both stop the streams."""
+    prompts = [Window(10.55, 11.55), Window(4.05, 5.05)]
+    tokens = [t for t in steady(0, 30, 0.1) if not any(p.start_s < t < p.end_s for p in prompts)]
+    found = assess(
+        [trial(Window(10, 12), before=Window(2, 9), after=Window(13, 20))], TokenTimes([tokens] * 4, left_out=prompts)
+    )
+    assert found.max_ratio == pytest.approx(1)
+    assert found.loss == pytest.approx(0, abs=0.15)
+    assert found.gaps_ms.count < 60
+
+
+@given(times_of_streams, st.lists(edges.map(lambda cuts: Window(cuts[0], cuts[-1])), max_size=4), edges)
+def test_what_is_left_out_is_left_out(streams: list[list[float]], left_out: list[Window], cuts: list[float]) -> None:
+    times, window = TokenTimes(streams, left_out=left_out), Window(cuts[0], cuts[-1])
+
+    def is_out(start: float, end: float) -> bool:
+        return any(out.start_s <= end and start <= out.end_s for out in left_out)
+
+    tokens = [t for stream in streams for t in stream if window.start_s < t <= window.end_s]
+    assert times.count(window) == sum(not is_out(t, t) for t in tokens)
+    gaps = [(a, b) for stream in streams for a, b in itertools.pairwise(stream)]
+    assert len(times.gaps_within(window)) == sum(
+        not is_out(a, b) for a, b in gaps if a >= window.start_s and b <= window.end_s
+    )
+    at = np.linspace(window.start_s, window.end_s, 2001)
+    share = np.mean([not is_out(t, t) for t in at])
+    assert times.seconds(window) == pytest.approx(share * window.seconds, abs=window.seconds / 400 * 2)
+
+
+def test_noise_is_what_windows_at_rest_show_among_themselves() -> None:
+    windows = [Window(0, 8), Window(15, 25)]
+    trials = [trial(Window(9, 14), before=windows[0], after=windows[1])]
+    quiet = at_rest(trials)
+    assert [(each.before.start_s, each.window, each.after.end_s) for each in quiet] == [
+        (0, Window(2, 6), 8), (15, Window(17.5, 22.5), 25),
+    ]  # fmt: skip
+    assert [each.switched_s for each in quiet] == [4, 20]
+    even = assess(quiet, TokenTimes([steady(0, 30, 0.1)]))
+    assert (even.num, even.p99_ratio) == (2, pytest.approx(1))
+    uneven = assess(quiet, TokenTimes([steady(0, 30, 0.1, silent=(19.05, 19.95))]))
+    assert uneven.max_ratio == pytest.approx(10)
