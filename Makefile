@@ -25,10 +25,10 @@ tests: $(VENV)/.dev
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target --keep-going test-rest test-cluster
 
 test-rest: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -m "not gpu and not cluster" -n 2 --dist loadfile --durations 10
+	$(VENV)/bin/python -m pytest -m "not gpu and not cluster" -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 test-cluster: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -m "cluster and not gpu" --durations 10
+	$(VENV)/bin/python -m pytest tests/integration -m "cluster and not gpu" --durations 10
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,6 +11,17 @@ from served import Served
 from tiny_models import make_checkpoint
 
 from flexpipe_serve.model.demo import ensure_demo
+from flexpipe_serve.pipeline import background
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_rests() -> Iterator[None]:
+    """Refactorings of engines in this process load and copy as fast as they can: other tests keep the machine busy, and
+    beside a busy machine's own work they would rest most of the time, which is tested by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(background, "_SHARE", 1.0)
+        patch.setattr(background, "_PATIENCE_S", 0.02)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -22,8 +33,17 @@ def demo_model() -> Path:
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
     """A random model with the demo's vocabulary and tokenizer: all of the text path, hardly any arithmetic."""
-    folder = tmp_path_factory.mktemp("small")
-    make_checkpoint(folder, "llama", vocab_size=49152, max_position_embeddings=1024)
+    return _make_small(tmp_path_factory.mktemp("small"), demo_model, num_layers=4)
+
+
+@pytest.fixture(scope="session")
+def longer_model(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
+    """The small model with eight layers."""
+    return _make_small(tmp_path_factory.mktemp("longer"), demo_model, num_layers=8)
+
+
+def _make_small(folder: Path, demo_model: Path, *, num_layers: int) -> Path:
+    make_checkpoint(folder, "llama", num_hidden_layers=num_layers, vocab_size=49152, max_position_embeddings=1024)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).write_bytes((demo_model / name).read_bytes())
     return folder
@@ -79,9 +99,17 @@ def serve_config(small_model: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def served(_launches: list[Served], serve_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """A running ``flexpipe serve`` with ``serve_config``: the one of the test before, if it still runs."""
+def any_served(
+    _launches: list[Served], serve_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Served:
+    """A running ``flexpipe serve``: the one of the test before, with the configuration it left, if it still runs."""
     if not _launches or _launches[-1].process.poll() is not None:
         _launches.append(Served(copy.deepcopy(serve_config), folder=tmp_path_factory.mktemp("serve")))
-    _launches[-1].reset(serve_config)
     return _launches[-1]
+
+
+@pytest.fixture
+def served(any_served: Served, serve_config: dict[str, Any]) -> Served:
+    """A running ``flexpipe serve`` with ``serve_config``."""
+    any_served.reset(serve_config)
+    return any_served

@@ -1,4 +1,4 @@
-"""Run as a program: nodes of a Ray cluster of its own are emptied under load, and killed; the service goes on.
+"""Part of ``ray_nodes.py``: nodes are emptied under load, and killed; the service goes on.
 
 Prints one JSON object for each drain, and ``same`` if every output was as before.
 """
@@ -8,20 +8,17 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import sys
 import time
 import uuid
-from pathlib import Path
 
 import ray
 from engines import even_layout
 from loads import Load, load, make_requests, serve_all
 from ray._private.worker import global_worker
-from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from refactor_faults import refactor
 from served import wait_until
-from several_nodes import NativeHost
+from several_nodes import NativeHost, Nodes
 
 from flexpipe_serve.config import KVConfig, LimitsConfig, ModelConfig, ServeArgs
 from flexpipe_serve.engine.assemble import build_engine
@@ -31,7 +28,8 @@ from flexpipe_serve.pipeline.channel import CurveKeys
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
 from flexpipe_serve.refactor.record import RefactorRequest
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
+"""Far more than it takes; a drain ends when the node is empty."""
 
 
 def preempt(node: str) -> None:
@@ -46,7 +44,7 @@ def wait_until_over(engine: Engine, node: str) -> DrainRecord:
     def over() -> DrainRecord | None:
         return next((record for record in engine.drains() if record.node == node and record.is_over), None)
 
-    record = wait_until(over, timeout_s=60, what="an empty node")
+    record = wait_until(over, timeout_s=90, what="an empty node")
     assert isinstance(record, DrainRecord)
     return record
 
@@ -86,13 +84,9 @@ def go_on_without(engine: Engine, node: str, running: Load) -> None:
     assert "stage_lost" not in [event["kind"] for event in engine.events()]
 
 
-def main(model: str) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    workers = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-    cluster.wait_for_nodes()
-    here = ray.get_runtime_context().get_node_id()
-    named, taken = (worker.node_id for worker in workers)
+def run(model: str, nodes: Nodes) -> None:
+    """The last part: two nodes end."""
+    here, named, taken = nodes.here, nodes.near.node_id, nodes.far.node_id
     args = ServeArgs(
         model=ModelConfig(source=model), memory_budget=64 << 30, kv=KVConfig(block_size=4, max_tokens=2000)
     )
@@ -116,19 +110,13 @@ def main(model: str) -> None:
         with load(engine, requests, expected) as running:
             asyncio.run(engine.drain(DrainRequest(node=named, deadline_s=DEADLINE_S)))
             report(engine, wait_until_over(engine, named), running)
-            cluster.remove_node(workers[0], allow_graceful=False)
+            nodes.cluster.remove_node(nodes.near, allow_graceful=False)
             go_on_without(engine, named, running)
             if taken not in nodes_of(engine):  # there was no time to start a stage there
                 assert refactor(engine, RefactorRequest(stages=2, nodes=(here, taken))).error is None
             preempt(taken)
             report(engine, wait_until_over(engine, taken), running)
             go_on_without(engine, taken, running)  # Ray ends it once it is empty
-        print("same")
+        print("same", flush=True)
     finally:
         engine.stop()
-        ray.shutdown()
-        cluster.shutdown()
-
-
-if __name__ == "__main__":
-    main(str(Path(sys.argv[1])))

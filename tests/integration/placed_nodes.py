@@ -1,4 +1,4 @@
-"""Run as a program: stages that nobody names a node for, on a Ray cluster of its own with racks.
+"""Part of ``ray_nodes.py``: stages that nobody names a node for, on a cluster with racks.
 
 Prints one JSON object: the nodes of each pipeline's stages after each change, the events, and the tokens served.
 """
@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import uuid
-from pathlib import Path
 
-import ray
 from engines import even_layout
-from ray.cluster_utils import Cluster
 from refactor_faults import refactor
-from several_nodes import NUM_LAYERS, NativeHost
+from several_nodes import NUM_LAYERS, NativeHost, Nodes
 
 from flexpipe_serve.config import KVConfig, LimitsConfig, ModelConfig, ServeArgs
 from flexpipe_serve.engine.assemble import make_engine_maker
@@ -48,17 +44,8 @@ async def serve(fleet: Fleet) -> list[int]:
     ]
 
 
-def main(model: str) -> None:
-    labels = {"rack": "left"}
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "labels": labels}
-    )
-    far = cluster.add_node(num_cpus=1, labels={"rack": "right"})
-    near = cluster.add_node(num_cpus=1, labels=labels)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-    cluster.wait_for_nodes()
-    here = ray.get_runtime_context().get_node_id()
-    names = {here: "here", near.node_id: "near", far.node_id: "far"}
+def run(model: str, nodes: Nodes) -> None:
+    names = {nodes.here: "here", nodes.near.node_id: "near", nodes.far.node_id: "far"}
     args = ServeArgs(model=ModelConfig(source=model), memory_budget=BUDGET, kv=KVConfig(block_size=4, max_tokens=2000))
     maker = make_engine_maker(
         args,
@@ -89,13 +76,8 @@ def main(model: str) -> None:
                     "events": [event["kind"] for event in fleet.events()],
                     "tokens": tokens,
                 }
-            )
+            ),
+            flush=True,
         )
     finally:
         fleet.stop()
-        ray.shutdown()
-        cluster.shutdown()
-
-
-if __name__ == "__main__":
-    main(str(Path(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""Run as a program: refactorings between nodes of a Ray cluster of its own, over TCP with CURVE keys.
+"""Part of ``ray_nodes.py``: refactorings between nodes, over TCP with CURVE keys.
 
 Prints one JSON object for each refactoring, and ``same`` if every output was as before.
 """
@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import sys
 import uuid
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
-import ray
 from engines import even_layout
 from loads import load, make_requests, serve_all
 from ray.cluster_utils import Cluster
@@ -29,6 +28,16 @@ from flexpipe_serve.refactor.record import RefactorRequest
 NUM_LAYERS = 6
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """The head, one in its rack, and one in another; ids as Ray has them."""
+
+    cluster: Cluster
+    here: str
+    near: Any
+    far: Any
+
+
 class NativeHost(RayStageHost):
     """With kernels that compute every row by itself."""
 
@@ -36,13 +45,8 @@ class NativeHost(RayStageHost):
         return super().launch(dataclasses.replace(setup, linear="native"), node=node)
 
 
-def main(model: str) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-    cluster.wait_for_nodes()
-    here = ray.get_runtime_context().get_node_id()
-    there = next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != here)
+def run(model: str, nodes: Nodes) -> None:
+    here, there = nodes.here, nodes.near.node_id
     args = ServeArgs(
         model=ModelConfig(source=model), memory_budget=64 << 30, kv=KVConfig(block_size=4, max_tokens=2000)
     )
@@ -64,7 +68,7 @@ def main(model: str) -> None:
         with load(engine, requests, expected):
             for boundaries in ((1,), (2, 4), ()):
                 record = refactor(engine, RefactorRequest(boundaries=boundaries))
-                nodes = {name: report.node == here for name, report in engine._pipeline.reports().items()}
+                is_here = {name: report.node == here for name, report in engine._pipeline.reports().items()}
                 moves = [move.shared for move in record.plan.moves]
                 print(
                     json.dumps(
@@ -72,7 +76,7 @@ def main(model: str) -> None:
                             "outcome": record.outcome,
                             "error": record.error,
                             "shared": moves,
-                            "here": nodes,
+                            "here": is_here,
                             "snapshot_bytes": record.snapshot_bytes,
                         }
                     ),
@@ -81,9 +85,3 @@ def main(model: str) -> None:
         print("same")
     finally:
         engine.stop()
-        ray.shutdown()
-        cluster.shutdown()
-
-
-if __name__ == "__main__":
-    main(str(Path(sys.argv[1])))

@@ -99,10 +99,10 @@ def test_status(served: Served) -> None:
 
 
 def test_bad_input_never_gives_a_5xx_and_harms_no_neighbour(served: Served) -> None:
-    report = fuzz(served.base_url, max_examples=150)
-    assert report.statuses[200] >= 15
-    assert report.statuses[400] >= 15
-    assert report.num_neighbours >= 3
+    report = fuzz(served.base_url, max_examples=80)
+    assert report.statuses[200] >= 8
+    assert report.statuses[400] >= 8
+    assert report.num_neighbours >= 2
     served.wait_until_idle()
 
 

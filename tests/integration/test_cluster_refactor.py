@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import json
 import random
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import openai
 import psutil
 import pytest
 from served import Served, clean_environment, wait_until
+
+from flexpipe_serve.cli import main
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 RESTART_S = 60
@@ -103,13 +106,12 @@ def wait_until_no_stage_is_left_over(served: Served, *, timeout_s: float) -> Non
 
 
 @pytest.fixture
-def private(served: Served, serve_config: dict[str, Any]) -> Served:
+def private(any_served: Served, serve_config: dict[str, Any]) -> Served:
     """A server whose two stages have memory of their own."""
     config = copy.deepcopy(serve_config)
     config["applications"][0]["args"]["kv"] = {"max_tokens": 8192, "domain": "stage"}
-    former = {process.pid for process in served.stages()}
-    served.deploy(config, until=lambda s: not former & {stage["pid"] for stage in s["stages"]})
-    return served
+    any_served.reset(config)
+    return any_served
 
 
 def test_over_http_under_streams(served: Served) -> None:
@@ -231,3 +233,27 @@ def test_what_dies_while_kv_is_copied(private: Served) -> None:
     assert stream_during(served, prompts) == expected
     served.wait_until_idle()
     wait_until_no_stage_is_left_over(served, timeout_s=60)
+
+
+def test_bench_refactor(any_served: Served, serve_config: dict[str, Any], longer_model: Path, tmp_path: Path) -> None:
+    """The benchmark's command, on a server with enough layers for it."""
+    config = copy.deepcopy(serve_config)
+    config["applications"][0]["args"]["kv"] = {"max_tokens": 8192, "domain": "stage", "prefix_cache": False}
+    config["applications"][0]["args"]["model"]["source"] = str(longer_model)
+    any_served.reset(config)
+    out = tmp_path / "out.json"
+    code = main(
+        ["bench", "refactor", "--url", any_served.base_url, "--tokenizer", str(longer_model), "--modes", "live",
+         "--kinds", "shift", "--idle", "0.5", "--concurrency", "2", "--prompt-tokens", "24", "--output-tokens", "40",
+         "--json", str(out)]
+    )  # fmt: skip
+    data = json.loads(out.read_text())
+    (section,) = data["sections"]
+    (trial,) = section["trials"]
+    assert code == 0
+    assert trial["record"]["outcome"] == "done"
+    assert trial["record"]["snapshot_bytes"] > 0
+    assert trial["window"]["start_s"] < trial["switched_s"] <= trial["window"]["end_s"]
+    assert trial["figures"]["gaps_ms"]["count"] > 0
+    assert trial["extra_memory_bytes"] is not None
+    assert (section["num_dropped"], section["differences"]) == (0, [])

@@ -33,8 +33,8 @@ class Reference:
 def references(demo_model: Path) -> list[Reference]:
     model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
     rng = np.random.default_rng(7)
-    lengths = np.unique(np.geomspace(1, 500, NUM_PROMPTS).astype(int)).tolist()
-    lengths += [2000, 1000, CHUNK - 1, CHUNK, CHUNK + 1, 15, 16, 17, 33, 3, 2, 1, 1][: NUM_PROMPTS - len(lengths)]
+    lengths = [2000, 600, CHUNK - 1, CHUNK, CHUNK + 1, 15, 16, 17, 33, 1, 1]
+    lengths += np.unique(np.geomspace(1, 150, 64).astype(int)).tolist()[::2][: NUM_PROMPTS - len(lengths)]
     assert len(lengths) == NUM_PROMPTS
     text = rng.integers(100, 49000, 2000).tolist()
     # Half of the prompts share beginnings, so that the prefix cache has something to find.

@@ -21,7 +21,7 @@ BACKEND = NativeAttention(LIBRARY)
 
 
 @given(case=cases)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_agrees_with_reference(case: Case) -> None:
     for difference in run(BACKEND, case).differences:
         assert difference.abs().max() < TOLERANCE

@@ -17,7 +17,7 @@ BACKEND = TorchAttention(dtype=torch.float32)
 
 
 @given(case=cases)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_agrees_with_reference(case: Case) -> None:
     for difference in run(BACKEND, case).differences:
         assert difference.abs().max() < TOLERANCE

@@ -24,11 +24,11 @@ def base_url(engine):
 
 
 def test_never_a_5xx_and_never_a_lost_neighbour(engine, base_url):
-    report = fuzz(base_url, max_examples=400)
+    report = fuzz(base_url, max_examples=200)
     # It was no idle run: both kinds of answers came, and neighbours ran all the time.
-    assert report.statuses[200] >= 40
-    assert report.statuses[400] >= 40
-    assert report.num_neighbours >= 10
+    assert report.statuses[200] >= 20
+    assert report.statuses[400] >= 20
+    assert report.num_neighbours >= 5
     # Every request that was begun was finished or aborted, once.
     ends = collections.Counter(engine.finished + engine.aborted)
     assert ends == collections.Counter(engine.started)
@@ -49,7 +49,7 @@ def test_the_published_schema_is_true(base_url):
         modes = schemathesis.GenerationMode if operation.body else [schemathesis.GenerationMode.POSITIVE]
         for mode in modes:
 
-            @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
             @given(case=operation.as_strategy(generation_mode=mode))
             def check(case: schemathesis.Case) -> None:
                 nonlocal num_cases

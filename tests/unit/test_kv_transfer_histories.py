@@ -18,7 +18,7 @@ from flexpipe_serve.kv import transfer, transfer_plan
 from flexpipe_serve.kv.transfer import KVGiver, KVTaker
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(rng=st.randoms(use_true_random=False))
 def test_target_equals_source_at_every_step_it_reached(rng: random.Random) -> None:
     run_history(rng)

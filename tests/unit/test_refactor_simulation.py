@@ -22,7 +22,7 @@ import pytest
 from refactor_sim import run
 from refactor_sim_histories import describe, draw, minimise
 
-NUM_HISTORIES = int(os.environ.get("FLEXPIPE_NUM_HISTORIES", "1500"))
+NUM_HISTORIES = int(os.environ.get("FLEXPIPE_NUM_HISTORIES", "1000"))
 """How many the suite runs; more for a soak: FLEXPIPE_NUM_HISTORIES=100000."""
 FIRST_SEED = int(os.environ.get("FLEXPIPE_FIRST_SEED", "0"))
 

@@ -249,7 +249,7 @@ def play(seed: int) -> History:
     return history
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_every_sequence_gets_its_tokens(seed: int) -> None:
     play(seed)
