@@ -7,7 +7,7 @@ in one place, between two steps. Others speak to it by commands.
 from __future__ import annotations
 
 import logging
-import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +21,10 @@ from flexpipe_serve.engine.request import SequenceUpdate
 from flexpipe_serve.engine.scheduler import Scheduler
 from flexpipe_serve.engine.step_costs import StepCosts
 from flexpipe_serve.engine.step_samples import StepSamples
+from flexpipe_serve.engine.steps_in_flight import SentStep, StepsInFlight
 from flexpipe_serve.engine.stream import RequestStream
 from flexpipe_serve.engine.stream_table import StreamTable
+from flexpipe_serve.engine.thread_calls import ThreadCalls
 from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.pipeline.messages import (
@@ -38,6 +40,8 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _IDLE_WAIT_S = 1.0
 _MAX_STEP_FAILURES = 2
+_SWITCH_INTERVAL_S = 0.0005
+"""Of Python's threads: a result must not wait 5 ms (the default) while texts are being sent."""
 
 
 class StepLink(Protocol):
@@ -60,12 +64,12 @@ class RetiredError(EngineUnavailableError):
 
 
 @dataclass(frozen=True)
-class _Sent:
-    epoch: int
-    time: float
-    batch: StepBatch
-    begun_at: float | None
-    """When the Router began its part of it; None where other steps were in flight."""
+class _Result:
+    header: ResultHeader
+    updates: list[SequenceUpdate]
+    num_tokens: int
+    taken_at: float
+    step_seconds: float
 
 
 class StepLoop:
@@ -80,7 +84,7 @@ class StepLoop:
         self._link = link
         self._metrics = metrics
         self._num_cores = num_cores
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls = ThreadCalls(link.wake)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="flexpipe-engine", daemon=True)
         # The thread's own.
@@ -89,17 +93,13 @@ class StepLoop:
         self._depth = 0
         """Steps in flight at once; 0: none are sent."""
         self._next_step = 1
-        self._in_flight: dict[int, _Sent] = {}
-        self._conditions: list[tuple[Callable[[], bool], Future[None]]] = []
+        self._in_flight = StepsInFlight()
         self._patching_epoch: int | None = None
-        self._last_sent: dict[int, int] = {}
-        """Newest step sent, by epoch."""
-        self._last_taken: dict[int, int] = {}
-        """Newest step whose result was taken, by epoch: those of one epoch end in the order sent."""
         self._hold: Hold | None = None
         self.holds = HoldTimes()
         self.costs = StepCosts()
         self.samples = StepSamples()
+        self._untold: list[_Result] = []
         self._result_at: float | None = None
         """When the result came that was taken last, until steps are sent after it."""
 
@@ -124,17 +124,7 @@ class StepLoop:
 
     def call(self, command: Callable[[], _T]) -> Future[_T]:
         """Run ``command`` in the engine thread, between two steps."""
-        future: Future[_T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(command())
-            except Exception as error:  # thread edge: the caller gets it
-                future.set_exception(error)
-
-        self._commands.put(run)
-        self._link.wake()
-        return future
+        return self._calls.call(command)
 
     def add(self, stream: RequestStream) -> Future[None]:
         """Queue a request. Fails with what Scheduler.add raises, and with RetiredError."""
@@ -179,7 +169,7 @@ class StepLoop:
             if retire:
                 self._is_retired = True
                 self._depth = 0
-            self._in_flight.clear()
+            self._in_flight.void()
             ended, going = self.scheduler.hand_over(now=time.monotonic())
             for seq in ended:
                 self._end(seq)
@@ -206,13 +196,7 @@ class StepLoop:
     def when(self, condition: Callable[[], bool]) -> Future[None]:
         """Ends when ``condition``, asked in the engine thread between two steps, is true; fails on :meth:`resume`,
         which makes an end of every wait, and at the end of the thread."""
-        future: Future[None] = Future()
-
-        def add() -> None:
-            self._conditions.append((condition, future))
-
-        self.call(add)
-        return future
+        return self._calls.when(condition)
 
     def pause(self) -> Future[None]:
         """Send no more steps; those in flight are void once :meth:`resume` says how the pipeline goes on."""
@@ -230,12 +214,10 @@ class StepLoop:
         """
 
         def resume() -> int:
-            self._in_flight.clear()
+            self._in_flight.void()
             self._patching_epoch = None
             self._end_hold()
-            conditions, self._conditions = self._conditions, []
-            for _, future in conditions:
-                future.set_exception(EngineUnavailableError("the pipeline was rebuilt meanwhile."))
+            self._calls.fail_waits(EngineUnavailableError("the pipeline was rebuilt meanwhile."))
             self._depth = depth
             num_replayed = self.scheduler.stats().num_running
             for seq in self.scheduler.reset(num_blocks, now=time.monotonic()):
@@ -266,11 +248,11 @@ class StepLoop:
 
     def num_in_flight_of(self, epoch: int) -> int:
         """Steps of one epoch in flight."""
-        return sum(sent.epoch == epoch for sent in self._in_flight.values())
+        return self._in_flight.num_of(epoch)
 
     def last_sent(self, epoch: int) -> int:
         """The newest step sent in an epoch; 0: none."""
-        return self._last_sent.get(epoch, 0)
+        return self._in_flight.last_sent(epoch)
 
     def switch(self, *, depth: int, patching_epoch: int | None) -> int:
         """The link has changed its epoch: go on with as many steps in flight as suits the new pipeline.
@@ -284,9 +266,7 @@ class StepLoop:
         """
         self._depth = depth
         self._patching_epoch = patching_epoch
-        for steps in (self._last_sent, self._last_taken):
-            for epoch in sorted(steps)[:-1]:  # those before the old epoch
-                del steps[epoch]
+        self._in_flight.forget_old_epochs()  # but the one whose steps are in flight
         return self._next_step
 
     def grow(self, num_blocks: int) -> None:
@@ -306,11 +286,15 @@ class StepLoop:
     # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         while not self._stopping.is_set():
             try:
-                self._take_commands()
+                if not self._calls.is_empty:
+                    self._tell()  # before anything that the calls have to tell
+                    self._calls.run()
                 self._fill_pipeline()
-                self._check_conditions()
+                self._calls.check()
+                self._tell()
                 self._streams.deliver()
                 frames = self._link.receive(_IDLE_WAIT_S)
                 if frames is not None:
@@ -318,12 +302,7 @@ class StepLoop:
             except Exception:  # thread edge: one bad message must not end all requests
                 logger.exception("the engine loop caught an error")
         self._streams.deliver()
-        for _, future in self._conditions:
-            future.set_exception(EngineUnavailableError("the engine has ended."))
-
-    def _take_commands(self) -> None:
-        while not self._commands.empty():
-            self._commands.get()()
+        self._calls.fail_waits(EngineUnavailableError("the engine has ended."))
 
     def _fill_pipeline(self) -> None:
         """Keep as many steps in flight as the pipeline is deep; a sequence is in one at most."""
@@ -340,24 +319,13 @@ class StepLoop:
                 num_stages=self._depth,
                 now=time.monotonic(),
                 num_threads=self._threads_per_stage(),
-                patched_through=self._last_taken.get(self._patching_epoch or 0, 0),
+                patched_through=self._in_flight.last_taken(self._patching_epoch or 0),
             )
             if batch is None:
                 return
-            self._in_flight[self._next_step] = _Sent(self._link.epoch, time.monotonic(), batch, begun_at)
-            self._last_sent[self._link.epoch] = self._next_step
+            self._in_flight.add(SentStep(batch, time.monotonic(), begun_at))
             self._next_step += 1
             self._link.send(batch)
-
-    def _check_conditions(self) -> None:
-        if not self._conditions:
-            return
-        waiting, self._conditions = self._conditions, []
-        for condition, future in waiting:
-            if condition():
-                future.set_result(None)
-            else:
-                self._conditions.append((condition, future))
 
     def _threads_per_stage(self) -> int:
         """Stages that compute at the same time share the cores; one that computes alone has them all."""
@@ -368,13 +336,11 @@ class StepLoop:
         header = decode_header(frames[0])
         if not isinstance(header, ResultHeader | FailureHeader):
             return
-        sent = self._in_flight.get(header.step)
-        if sent is None or sent.epoch != header.epoch:
+        sent = self._in_flight.take(header)
+        if sent is None:
             return  # of a void step
-        del self._in_flight[header.step]
         now = time.monotonic()
         step_seconds = now - sent.time
-        self._last_taken[header.epoch] = header.step
         self._result_at = now
         if isinstance(header, ResultHeader):
             tokens = decode_tokens(frames[1])
@@ -384,13 +350,22 @@ class StepLoop:
             self.costs.note(sent.batch.header.num_tokens, step_seconds, now=now)
             begun_at = sent.begun_at if self._next_step == header.step + 1 else None
             self.samples.note(sent.batch, header, seconds=None if begun_at is None else now - begun_at)
-            self._metrics.on_step(step_seconds, header.stage_seconds, num_tokens=len(tokens))
-            self._metrics.on_tokens(updates, now=now)
-            for update in updates:
-                self._take_update(update, header, now)
+            self._untold.append(_Result(header, updates, len(tokens), now, step_seconds))
+            if any(update.sequence.params.stop for update in updates):
+                self._tell()  # their text may end them
         elif isinstance(header, FailureHeader):
             logger.error("step %d failed on %s: %s", header.step, header.stage, header.message)
             self._take_failure(header, now)
+
+    def _tell(self) -> None:
+        """Make text of the results taken, for the clients, and count them: once the next step is on its way."""
+        untold, self._untold = self._untold, []
+        for result in untold:
+            header = result.header
+            self._metrics.on_step(result.step_seconds, header.stage_seconds, num_tokens=result.num_tokens)
+            self._metrics.on_tokens(result.updates, now=result.taken_at)
+            for update in result.updates:
+                self._take_update(update, header, result.taken_at)
 
     def _take_update(self, update: SequenceUpdate, header: ResultHeader, now: float) -> None:
         seq = update.sequence

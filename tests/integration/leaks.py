@@ -44,7 +44,7 @@ def check_pipeline(engine: Engine, *, num_warm: int = 0) -> None:
     assert pipeline.is_complete
     assert len(spare) == num_warm
     assert list(pipeline._routes) == [pipeline.epoch]
-    assert (loop._conditions, loop._in_flight, loop._patching_epoch, loop._hold) == ([], {}, None, None)
+    assert (loop._calls.num_waiting, len(loop._in_flight), loop._patching_epoch, loop._hold) == (0, 0, None, None)
     known = [(stage["name"], stage["layers"]) for stage in engine.status()["stages"]]
     assert known == [(part.stage, [part.start, part.stop]) for part in pipeline.layout.slices]
     files = sorted(path.name for path in pipeline._folder.path.iterdir())
@@ -93,11 +93,13 @@ def check_idle(engine: Engine, host: LocalStageHost, *, num_warm: int = 0) -> No
 
 def shared_files(engine: Engine) -> list[str]:
     """What this process has open in the application's folder, also of what was removed from it. Not the host cache's
-    files: stages that still fill it open them for moments."""
+    files: stages that still fill it open them for moments, and the folder itself while they rest."""
     found = []
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the one that lists them
             target = os.readlink(link)
-            if target.startswith(str(engine._pipeline._folder.path)) and not re.search(r"\.weights|host-cache", target):
+            if target.startswith(f"{engine._pipeline._folder.path}/") and not re.search(
+                r"\.weights|host-cache", target
+            ):
                 found.append(target)
     return sorted(found)
