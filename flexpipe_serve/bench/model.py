@@ -1,13 +1,13 @@
 """``flexpipe bench model``: how far the planner's latency model is from the real server.
 
-One server is refactored from split to split. On each, requests of one length come at several rates (Poisson, open
-loop), and then as many at once as are served together: that tells the capacity. Each wave is compared with what the
-model predicts from the machine's profile for the arrivals as they came: mean time to first token, time per output
-token, latency, and requests/s of the last wave against the predicted capacity. The same arrivals come to every split,
-each time with new prompts. As in the planner, the profile is corrected by what the server's steps have taken so far:
-before a wave, so that nothing is predicted from what it is compared with; not with ``--profile``.
+One server is refactored from split to split. On each, as many requests of one length come at once as are served
+together, which tells the capacity; then they come at several rates (Poisson, open loop). Each wave is compared with
+what the model predicts from the machine's profile for the arrivals as they came: mean time to first token, time per
+output token, latency, and requests/s of the first wave against the predicted capacity. The same arrivals come to
+every split, each time with new prompts. As in the planner, the profile is corrected by what the server's steps have
+taken so far: before a wave, so that nothing is predicted from what it is compared with; not with ``--profile``.
 
-The rates are shares of the capacity that the model predicts for the first split, unless ``--rate`` gives them. A
+The rates are shares of what the first split does when all comes at once, unless ``--rate`` gives them. A
 profile that is missing is measured first; nothing else should run on the machine.
 """
 
@@ -19,9 +19,8 @@ from pathlib import Path
 from rich.console import Console
 
 from flexpipe_serve.bench.adapt_server import settings_of, write_json
-from flexpipe_serve.bench.arrivals import Arrival
 from flexpipe_serve.bench.experiment import run_experiment
-from flexpipe_serve.bench.model_points import Point, demand_of
+from flexpipe_serve.bench.model_points import Point
 from flexpipe_serve.bench.model_report import render, save_picture, to_json
 from flexpipe_serve.bench.model_run import Load, measure
 from flexpipe_serve.bench.prompts import PromptBuilder
@@ -31,13 +30,10 @@ from flexpipe_serve.config import ServeArgs, parse
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.model.profile_cache import gpu_name, load_profile, read_profile, start_profiling
 from flexpipe_serve.model.source import resolve_source
-from flexpipe_serve.pipeline.layout import even_boundaries
-from flexpipe_serve.planner.latency import predict
 from flexpipe_serve.planner.profile import ModelProfile
-from flexpipe_serve.planner.types import SchedulerLimits, Split, StageDevice
+from flexpipe_serve.planner.types import SchedulerLimits
 
 _LOADS = (0.3, 0.55, 0.8)
-_PLENTY = 1 << 50
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=list(_LOADS),
         metavar="X",
-        help=f"or shares of the first split's capacity (default {' '.join(map(str, _LOADS))})",
+        help=f"or shares of what the first split does at once (default {' '.join(map(str, _LOADS))})",
     )
     load.add_argument("--seconds", type=float, default=12.0, metavar="S", help="of each rate (default 12)")
     load.add_argument("--prompt-tokens", type=positive_int, default=128, metavar="N", help="a prompt (default 128)")
@@ -94,20 +90,21 @@ class _Experiment:
         serve_args = parse(ServeArgs, self._config["applications"][0]["args"])
         self._path = resolve_source(serve_args.model.source)
         self._profile = _profile(args, serve_args, self._path, console)
-        self._load = _load(args, serve_args, self._profile)
+        self._load = _load(args, serve_args)
         self._log = args.server_log or default_log()
 
     @property
     def is_good(self) -> bool:
         """Whether all points are there, and no request failed."""
-        is_complete = len(self._points) == len(self._args.stages) * (len(self._load.rates) + 1)
+        is_complete = len(self._points) == len(self._args.stages) * (len(self._load.rates or self._load.loads) + 1)
         return is_complete and not any(request.error for point in self._points for request in point.wave.requests)
 
     async def run(self) -> None:
         """All waves on all splits."""
         load = self._load
+        rates = [f"{rate:.2f}/s" for rate in load.rates] or [f"{share:.0%} of that" for share in load.loads]
         self._console.print(
-            f"{', '.join(f'{rate:.2f}' for rate in load.rates)} requests/s and {load.limits.max_num_seqs} at once, on"
+            f"{load.limits.max_num_seqs} requests at once, {', '.join(rates)}, on"
             f" {', '.join(map(str, self._args.stages))} stages (log of the server: {self._log})"
         )
         await measure(
@@ -161,34 +158,21 @@ def _profile(args: argparse.Namespace, serve_args: ServeArgs, path: Path, consol
     return found
 
 
-def _load(args: argparse.Namespace, serve_args: ServeArgs, profile: ModelProfile) -> Load:
-    rates = tuple(args.rate or ())
+def _load(args: argparse.Namespace, serve_args: ServeArgs) -> Load:
     limits = SchedulerLimits(
         max_num_seqs=serve_args.scheduler.max_num_seqs,
         max_num_batched_tokens=serve_args.scheduler.max_num_batched_tokens,
     )
-    if not rates:
-        everything = [Arrival(0.0, args.prompt_tokens, args.output_tokens)]
-        split = _first_split(args.stages[0], profile)
-        max_rate = predict(profile, split, demand_of(everything, rate=None), limits=limits).max_rate
-        rates = tuple(share * max_rate for share in args.load)
-    if min(rates) <= 0:
-        raise ConfigError(f"the lowest rate is {min(rates)} requests/s; rates and loads must be above 0.")
+    lowest = min(args.rate or args.load)
+    if lowest <= 0:
+        raise ConfigError(f"the lowest rate is {lowest}; rates and loads must be above 0.")
     return Load(
-        rates=rates,
+        rates=tuple(args.rate or ()),
+        loads=tuple(args.load),
         seconds=args.seconds,
         limits=limits,
         num_prompt_tokens=args.prompt_tokens,
         num_output_tokens=args.output_tokens,
         seed=args.seed,
         timeout_s=args.timeout,
-    )
-
-
-def _first_split(num_stages: int, profile: ModelProfile) -> Split:
-    """With layers split evenly, on one device with all memory that is wanted."""
-    device = StageDevice(name="all", node="all", compute="all", domain="all", memory_bytes=_PLENTY)
-    return Split(
-        boundaries=even_boundaries(num_layers=profile.num_layers, num_stages=num_stages),
-        devices=(device,) * num_stages,
     )

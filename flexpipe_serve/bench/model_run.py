@@ -15,7 +15,7 @@ from flexpipe_serve.bench.server import running_server
 from flexpipe_serve.bench.wave import run_wave
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.planner.profile import ModelProfile
-from flexpipe_serve.planner.types import SchedulerLimits
+from flexpipe_serve.planner.types import SchedulerLimits, Split
 from flexpipe_serve.transport import HttpTransport
 
 _NUM_WARM_UP, _WARM_UP_TOKENS = 16, 32
@@ -26,7 +26,8 @@ class Load:
     """What is sent.
 
     Args:
-        rates: requests/s, one wave each on every split.
+        rates: requests/s, one wave each on every split; or, where there is none,
+        loads: shares of what the first split does when all comes at once.
         seconds: of a wave.
         limits: of the server's scheduler; as many requests as it runs at once saturate a split.
         num_prompt_tokens: of a request.
@@ -36,6 +37,7 @@ class Load:
     """
 
     rates: tuple[float, ...]
+    loads: tuple[float, ...]
     seconds: float
     limits: SchedulerLimits
     num_prompt_tokens: int
@@ -83,28 +85,28 @@ async def measure(
     with running_server(config, log=log) as url:
         target = Target("flexpipe", url, model=first_model(Target("flexpipe", url, model="")))
         async with AsyncHandle(HttpTransport(url)) as handle:
+
+            async def compare(split: Split, rate: float | None, *, seed: Sequence[int]) -> Point:
+                arrivals = load.arrivals(rate)
+                prompts = build_prompts(builder, arrivals, seed=seed, ids=False)
+                calibration = (await handle.plan()).calibration if calibrate else None
+                wave = await run_wave(target, arrivals, prompts, concurrency=None, timeout_s=load.timeout_s)
+                point = predict_point(
+                    profile, split, arrivals, rate=rate, wave=wave, limits=load.limits, calibration=calibration
+                )
+                on_point(point)
+                return point
+
+            rates = load.rates
             for index, num_stages in enumerate(stages):
-                status = await _refactored(handle, num_stages)
-                split = split_of(status, profile)
-                for wave_index, rate in enumerate((*load.rates, None)):
-                    arrivals = load.arrivals(rate)
-                    # New prompts each time, or the prefix cache would know them.
-                    seed = (load.seed, index, wave_index)
-                    prompts = build_prompts(builder, arrivals, seed=seed, ids=False)
-                    if wave_index == 0:
-                        await _warm_up(target, builder, load, seed=(*seed, 2))
-                    calibration = (await handle.plan()).calibration if calibrate else None
-                    wave = await run_wave(target, arrivals, prompts, concurrency=None, timeout_s=load.timeout_s)
-                    point = predict_point(
-                        profile,
-                        split,
-                        arrivals,
-                        rate=rate,
-                        wave=wave,
-                        limits=load.limits,
-                        calibration=calibration,
-                    )
-                    on_point(point)
+                split = split_of(await _refactored(handle, num_stages), profile)
+                # New prompts each time, or the prefix cache would know them.
+                await _warm_up(target, builder, load, seed=(load.seed, index, 0, 2))
+                at_once = await compare(split, None, seed=(load.seed, index, 0))
+                if not rates:
+                    rates = tuple(share * at_once.measured["requests_per_s"] for share in load.loads)
+                for number, rate in enumerate(rates, start=1):
+                    await compare(split, rate, seed=(load.seed, index, number))
 
 
 async def _refactored(handle: AsyncHandle, num_stages: int) -> dict[str, Any]:

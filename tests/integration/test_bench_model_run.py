@@ -41,16 +41,18 @@ def test_bench_model(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     profile, out, plot = tmp_path / "profile.json", tmp_path / "out.json", tmp_path / "out.png"
     write_profile(profile_of(layer_scale=(1.0,) * 4, layer_bytes=(1_000_000,) * 4), profile)
     code = main(
-        ["bench", "model", "--config", str(config), "--profile", str(profile), "--stages", "1", "2", "--rate", "20",
+        ["bench", "model", "--config", str(config), "--profile", str(profile), "--stages", "1", "2", "--load", "0.4",
          "--seconds", "0.4", "--prompt-tokens", "24", "--output-tokens", "8", "--json", str(out), "--plot", str(plot)]
     )  # fmt: skip
     data = json.loads(out.read_text())
     printed = capsys.readouterr().out
     assert code == 0
+    rate = 0.4 * data["points"][0]["measured"]["requests_per_s"]
+    num_requests = max(2, round(0.4 * rate))
     assert [(p["num_stages"], p["rate"], p["summary"]["num_requests"]) for p in data["points"]] == [
-        (1, 20.0, 8), (1, None, 6), (2, 20.0, 8), (2, None, 6),
+        (1, None, 6), (1, rate, num_requests), (2, None, 6), (2, rate, num_requests),
     ]  # fmt: skip
-    timed, at_once = data["points"][0], data["points"][3]
+    timed, at_once = data["points"][1], data["points"][2]
     assert at_once["boundaries"] == [2]
     for name in ("ttft_s", "tpot_s", "latency_s"):
         assert timed["measured"][name] > 0

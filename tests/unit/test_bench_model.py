@@ -97,6 +97,7 @@ def test_a_rate_beyond_the_predicted_capacity_is_told() -> None:
 def test_every_split_gets_the_same_arrivals() -> None:
     load = Load(
         rates=(2.0,),
+        loads=(),
         seconds=10,
         limits=SchedulerLimits(max_num_seqs=7),
         num_prompt_tokens=8,
