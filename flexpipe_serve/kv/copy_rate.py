@@ -8,8 +8,8 @@ _QUIET_STEPS = 8
 """Steps without a snapshot message, to be compared with the _LOUD_STEPS that follow."""
 _LOUD_STEPS = 16
 _START_SHARE = 0.25
-_LEAST_SHARE = 0.25
-"""Of the limit: below it a copy would take too long for what it saves."""
+LEAST_SHARE = 0.25
+"""Of the limit: less would make a copy take too long for what it saves. What a copy can be counted on to do."""
 _ALLOWED_SLOWDOWN = 0.02
 _LITTLE_SLOWDOWN = 0.01
 _WEIGHT = 0.3
@@ -98,7 +98,7 @@ class CopyRate:
             wanted = _FASTER * self._bytes_per_s
         else:
             return
-        self._bytes_per_s = min(max(wanted, _LEAST_SHARE * self._max_bytes_per_s), self._max_bytes_per_s)
+        self._bytes_per_s = min(max(wanted, LEAST_SHARE * self._max_bytes_per_s), self._max_bytes_per_s)
 
     def _begin(self, *, is_quiet: bool) -> None:
         self._is_quiet = is_quiet

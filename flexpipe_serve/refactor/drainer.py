@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 from flexpipe_serve.errors import EngineUnavailableError, RefactorBusyError, RefactorRefusedError
+from flexpipe_serve.kv.copy_rate import LEAST_SHARE
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.pipeline import Pipeline
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest, DrainState
@@ -275,7 +276,8 @@ class Drainer:
         usable = self._pipeline.usable_nodes(self._pipeline.topology())
         deadlines = [record.deadline_at for record in draining if record.deadline_at is not None]
         left = min(deadlines) - time.time() if deadlines else None
-        rates = learned_rates(MoveRates(copy_bytes_per_s=self._refactorings.max_bytes_per_s), self._refactorings.all())
+        copy_bytes_per_s = LEAST_SHARE * self._refactorings.max_bytes_per_s  # though it may go faster
+        rates = learned_rates(MoveRates(copy_bytes_per_s=copy_bytes_per_s), self._refactorings.all())
         options = drain_options(layout, node_of=node_of, usable=usable)
         attempt, refusal = find_attempt(self._refactorings, options, time_left=left, rates=rates)
         if attempt is None:
@@ -287,7 +289,7 @@ class Drainer:
             nodes=attempt.option.nodes,
             mode=Mode.RESTART if attempt.pace is Pace.REPLAY else Mode.LIVE,
             hurry=attempt.pace is not Pace.GENTLE,
-            max_bytes_per_s=attempt.copy_bytes_per_s,
+            max_bytes_per_s=attempt.copy_bytes_per_s / LEAST_SHARE,
             timeout_s=attempt.timeout_s,
             reason=f"drain of node {names}: {draining[0].reason}"[:MAX_REASON_CHARS],
         )
