@@ -58,10 +58,16 @@ def test_without_a_compiler_the_reason_says_so(fresh: Path, monkeypatch: pytest.
 
 @needs_compiler
 def test_two_processes_compile_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = fresh.parent / "csrc"
+    sources.mkdir()
+    (sources / "a.cpp").write_text("int f() { return 1; }")
     compiled = fresh.parent / "compiled"
-    script = f'case "$*" in *-E*) ;; *) echo x >> {compiled};; esac; exec g++ "$@"'
+    script = f'case "$*" in *-E*) ;; *) echo x >> {compiled}; sleep 0.5;; esac; exec g++ "$@"'
     monkeypatch.setenv("CXX", fake_compiler(fresh.parent, script))
-    command = [sys.executable, "-c", "from flexpipe_serve.kernels.native import native_library as f; assert f()"]
+    program = (
+        "import sys, pathlib; from flexpipe_serve.kernels import native; native._SOURCES = pathlib.Path(sys.argv[1])"
+    )
+    command = [sys.executable, "-c", f"{program}; native.build(p.Path(sys.argv[2]))", str(sources), str(fresh)]
     processes = [subprocess.Popen(command) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert len(list(fresh.glob("*.so"))) == 1
