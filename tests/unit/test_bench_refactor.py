@@ -18,7 +18,7 @@ from flexpipe_serve.bench import experiment, refactor
 from flexpipe_serve.bench.leaks import Holdings, find_leaks
 from flexpipe_serve.bench.load import StreamRecord
 from flexpipe_serve.bench.refactor_report import summary_rows
-from flexpipe_serve.bench.refactor_run import Section
+from flexpipe_serve.bench.refactor_run import Section, Session
 from flexpipe_serve.bench.tour import Step
 from flexpipe_serve.bench.trial import Trial
 from flexpipe_serve.bench.windows import Window
@@ -204,6 +204,31 @@ def test_churn(fake: FakePipeline, bench) -> None:
     assert fake.asked[-1] == ([15], "live")
     assert len(data["sections"][0]["trials"]) == 5
     assert data["holdings"]["url"]["num_stages"] == [2, 2]
+
+
+def test_an_interrupted_churn_keeps_what_it_has(fake: FakePipeline, bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Session.refactor
+
+    async def refactor_twice(session: Session, *args: object, **kwargs: object) -> object:
+        if len(fake.asked) == 2:
+            raise KeyboardInterrupt
+        return await real(session, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Session, "refactor", refactor_twice)
+    code, data = bench("--churn", "5", "--seed", "1")
+    assert code == 1
+    (section,) = data["sections"]
+    assert len(section["trials"]) == 2
+    assert len(section["streams"]) >= 2
+    assert data["holdings"]["url"]["num_stages"] == [2, len(fake.boundaries) + 1]
+
+
+def test_modes_that_stop_are_measured_once_beside_live(fake: FakePipeline, bench) -> None:
+    code, data = bench("--modes", "live,sync", "--kinds", "shift", "--rounds", "2")
+    assert code == 0
+    assert [(section["name"], section["round"]) for section in data["sections"]] == [
+        ("live", 0), ("sync", 0), ("live", 1),
+    ]  # fmt: skip
 
 
 def test_rows_of_several_rounds() -> None:
