@@ -23,8 +23,9 @@ import numpy.typing as npt
 from flexpipe_serve.engine.outputs import FinishReason
 from flexpipe_serve.engine.request import Sequence, SequenceEnd, SequenceUpdate
 from flexpipe_serve.engine.request_limits import check_prompt, check_queue
+from flexpipe_serve.engine.row_choice import RowChoice
 from flexpipe_serve.engine.scheduler_config import SchedulerConfig, SchedulerStats
-from flexpipe_serve.engine.sequence_pool import SequencePool, rank
+from flexpipe_serve.engine.sequence_pool import SequencePool
 from flexpipe_serve.engine.step_builder import Chunk, Step, build_batch, plan_step
 from flexpipe_serve.errors import InvalidRequestError
 from flexpipe_serve.pipeline.messages import StepBatch
@@ -47,8 +48,7 @@ class Scheduler:
         self.config = config
         self._pool = SequencePool(num_blocks=num_blocks, block_size=block_size, prefix_cache=config.prefix_cache)
         self._in_flight: dict[int, Step] = {}
-        self._suspects: dict[Sequence, None] = {}
-        """Sequences whose last step failed."""
+        self._rows = RowChoice(self._pool, config)
         self._arrivals = count() if arrivals is None else arrivals
 
     @property
@@ -170,12 +170,7 @@ class Scheduler:
         if len(self._in_flight) >= num_stages:
             return None
         assert step not in self._in_flight, f"step {step} is in flight"
-        num_runnable = len(self._pool.running) + self._num_admissible()
-        max_rows = -(-num_runnable // num_stages)
-        rows = self._retry_suspect(now)
-        if not rows:
-            rows = self._continue_running(max_rows)
-            self._admit_waiting(rows, max_rows, now)
+        rows = self._rows.choose(num_stages=num_stages, now=now)
         copies = self._pool.take_moves(_MAX_COPIES)
         if not rows and not copies:
             return None
@@ -223,7 +218,7 @@ class Scheduler:
         for chunk in plan.chunks:
             seq = chunk.sequence
             seq.num_failed_steps += 1
-            self._suspects[seq] = None
+            self._rows.suspect(seq)
             self._pool.evict(seq)
             if seq.end_requested is not None:
                 self._pool.end(seq, seq.end_requested, now=now)
@@ -248,7 +243,7 @@ class Scheduler:
             The sequences that ended, since that was requested, and those that go on elsewhere, by rank.
         """
         ended = self._lose_kv(self._pool.blocks.num_blocks, now)
-        self._suspects.clear()
+        self._rows.forget_suspects()
         return ended, self._pool.take_out()
 
     def take_over(self, sequences: Collection[Sequence], *, now: float) -> list[Sequence]:
@@ -261,7 +256,7 @@ class Scheduler:
         for seq in sequences:
             self._pool.add(seq)
             if seq.num_failed_steps:
-                self._suspects[seq] = None
+                self._rows.suspect(seq)
         return self._end_too_long(now)
 
     def stats(self) -> SchedulerStats:
@@ -298,78 +293,6 @@ class Scheduler:
             self.finish(seq, "length" if seq.num_output_tokens else "error", now=now)
         return [seq for seq in too_long if seq.is_finished]
 
-    def _retry_suspect(self, now: float) -> list[tuple[Sequence, int]]:
-        """A row of a sequence whose last step failed, alone; empty where none can run now."""
-        budget = self.config.max_num_batched_tokens
-        for seq in list(self._suspects):
-            if seq.is_finished:
-                del self._suspects[seq]
-            elif seq in self._pool.ready:
-                if self._pool.make_room(seq, spared=()):
-                    return [(seq, seq.max_chunk(budget))]
-            elif seq.in_flight is None and self._num_places > 0:
-                cached = self._pool.find_room(seq)
-                if cached is not None:
-                    self._pool.admit(seq, cached, now=now)
-                    return [(seq, seq.max_chunk(budget))]
-        return []
-
-    def _continue_running(self, max_rows: int) -> list[tuple[Sequence, int]]:
-        """Rows of ready sequences, at most ``max_rows``: decodes, then chunks of prompts by rank."""
-        ready = self._pool.ready
-        chosen: list[Sequence] = []
-        for seq in list(ready):
-            if len(chosen) == max_rows:
-                break
-            # It may have been preempted for one before it. Where it gets no block it keeps its turn.
-            if seq in ready and self._pool.make_room(seq, spared=chosen):
-                chosen.append(seq)
-        decodes = [seq for seq in chosen if seq.num_remaining == 1]
-        prefills = sorted((seq for seq in chosen if seq.num_remaining > 1), key=rank)
-        budget = self.config.max_num_batched_tokens
-        rows = []
-        for seq in decodes + prefills:
-            if budget == 0:
-                break
-            num_new = seq.max_chunk(budget)
-            budget -= num_new
-            rows.append((seq, num_new))
-        return rows
-
-    def _admit_waiting(self, rows: list[tuple[Sequence, int]], max_rows: int, now: float) -> None:
-        """Fill ``rows`` up with waiting sequences, by rank; the first that does not fit blocks those behind it."""
-        budget = self.config.max_num_batched_tokens - sum(num_new for _, num_new in rows)
-        while len(rows) < max_rows and budget > 0 and self._num_places > 0:
-            seq = next(self._pool.admissible(), None)
-            cached = self._pool.find_room(seq) if seq else None
-            if seq is None or cached is None:
-                break
-            self._pool.admit(seq, cached, now=now)
-            num_new = seq.max_chunk(budget)
-            budget -= num_new
-            rows.append((seq, num_new))
-
-    @property
-    def _num_places(self) -> int:
-        return self.config.max_num_seqs - len(self._pool.running)
-
-    def _num_admissible(self) -> int:
-        """How many waiting sequences have a place and blocks now, as far as can be told without the prefix cache."""
-        num_places = self._num_places
-        blocks = self._pool.blocks
-        num_available = blocks.num_available - len(self._pool.running)
-        count = 0
-        for seq in self._pool.admissible():
-            if count == num_places:
-                break
-            num_needed = blocks.num_blocks_for(len(seq.tokens))
-            if num_needed > num_available:
-                # The first must not be left out, or a full pipeline would never look at it.
-                return count or int(self._pool.find_room(seq) is not None)
-            num_available -= num_needed + 1
-            count += 1
-        return count
-
     def _advance(self, chunk: Chunk, tokens: list[int], now: float) -> SequenceUpdate:
         """Take in a row of a completed step."""
         seq = chunk.sequence
@@ -387,7 +310,7 @@ class Scheduler:
                 return SequenceUpdate(sequence=seq, finished=True)
             new_token_ids = (token,)
             seq.num_failed_steps = 0
-            self._suspects.pop(seq, None)
+            self._rows.clear_of_suspicion(seq)
             seq.tokens.append(token)
             if seq.first_token_time is None:
                 seq.first_token_time = now
