@@ -211,12 +211,12 @@ class Stage:
             raise EngineUnavailableError(f"stage {self.setup.name!r} gave up loading: epoch {epoch} was released.")
 
     def _keep(self, assignments: list[Assignment], *, pace: Callable[[], None] = lambda: None) -> None:
-        """Give up what none of ``assignments`` needs, a layer at a time: much memory that goes at once is felt."""
+        """Give up what none of ``assignments`` needs; KV a layer at a time, for much memory that goes at once is felt.
+        Weights are little beside it, and each time steps have to touch their work buffers anew."""
         layers = {layer for assignment in assignments for layer in assignment.layers}
-        held = {*self._model.layers, *self._kv}
+        held = set(self._kv)
         for layer in sorted(held - layers):
             held.discard(layer)
-            self._model.keep(held, embedding=True, head=True)
             self._kv.keep(held)
             if not self._stopping.is_set():
                 pace()
