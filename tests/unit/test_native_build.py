@@ -67,7 +67,7 @@ def test_two_processes_compile_once(fresh: Path, monkeypatch: pytest.MonkeyPatch
     program = (
         "import sys, pathlib; from flexpipe_serve.kernels import native; native._SOURCES = pathlib.Path(sys.argv[1])"
     )
-    command = [sys.executable, "-c", f"{program}; native.build(p.Path(sys.argv[2]))", str(sources), str(fresh)]
+    command = [sys.executable, "-c", f"{program}; native.build(pathlib.Path(sys.argv[2]))", str(sources), str(fresh)]
     processes = [subprocess.Popen(command) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert len(list(fresh.glob("*.so"))) == 1
