@@ -19,8 +19,8 @@ import httpx
 import psutil
 import yaml
 
-START_S = 180
-STOP_S = 60
+START_S = 280
+STOP_S = 120
 
 
 def wait_until(condition: Callable[[], Any], *, timeout_s: float, what: str) -> Any:
@@ -103,7 +103,7 @@ class Served:
 
     def status(self) -> dict[str, Any]:
         """``/flexpipe/status``."""
-        response = httpx.get(f"{self.base_url}/flexpipe/status", timeout=30)
+        response = httpx.get(f"{self.base_url}/flexpipe/status", timeout=90)
         response.raise_for_status()
         return dict(response.json())
 
@@ -128,7 +128,7 @@ class Served:
             busy = status["queue"]["num_running"] or status["queue"]["num_waiting"] or status["kv"]["num_used_blocks"]
             return None if busy else status
 
-        return dict(wait_until(idle, timeout_s=30, what="all blocks back"))
+        return dict(wait_until(idle, timeout_s=90, what="all blocks back"))
 
     # ------------------------------------------------------------------ Serve
 
@@ -160,7 +160,7 @@ class Served:
 
     def replica(self) -> dict[str, Any] | None:
         """Serve's view of the only replica; None while there is no running one."""
-        answer = httpx.get(f"{self.dashboard}/api/serve/applications/", timeout=30).json()
+        answer = httpx.get(f"{self.dashboard}/api/serve/applications/", timeout=90).json()
         apps = answer["applications"].values()
         replicas = [r for app in apps for d in app["deployments"].values() for r in d["replicas"]]
         running = [r for r in replicas if r["state"] == "RUNNING"]
@@ -215,5 +215,5 @@ def nothing_left_of(served: Served) -> Iterator[None]:
     assert len(processes) > 5
     assert all(folder.is_dir() for folder in folders)
     yield
-    assert not alive_after(processes, timeout_s=10)
+    assert not alive_after(processes, timeout_s=90)
     assert not [folder for folder in folders if folder.exists()]

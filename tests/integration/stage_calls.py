@@ -28,18 +28,18 @@ def check_calls(host: StageHost, setup: StageSetup) -> None:
             incoming=(Incoming(source="nobody", endpoint=nowhere, layers=(0, 1)),),
         )
         assert stage.prepare(assignment, num_blocks=8, fresh=True).result(60).num_blocks == 8
-        waiting = [stage.wait_copied(1, through_step=step, timeout_s=60) for step in range(8)]
-        assert stage.report().result(20).kv_bytes > 0
+        waiting = [stage.wait_copied(1, through_step=step, timeout_s=240) for step in range(8)]
+        assert stage.report().result(90).kv_bytes > 0
         with pytest.raises(KVMemoryError, match=f"cannot grow from 8 to {_TOO_MANY} blocks"):
-            stage.resize_kv(_TOO_MANY).result(20)
-        stage.resize_kv(16).result(20)
-        report = stage.release(1).result(20)
+            stage.resize_kv(_TOO_MANY).result(90)
+        stage.resize_kv(16).result(90)
+        report = stage.release(1).result(90)
         assert (report.weights_bytes, report.kv_bytes, report.num_blocks) == (0, 0, 16)
         for future in waiting:
             with pytest.raises(CopyError, match="released"):
-                future.result(20)
+                future.result(90)
         with pytest.raises(EngineUnavailableError, match="epoch 1 was released"):
-            stage.prepare(assignment, num_blocks=8, fresh=False).result(20)
+            stage.prepare(assignment, num_blocks=8, fresh=False).result(90)
         watch = stage.watch()
     finally:
         stage.stop()

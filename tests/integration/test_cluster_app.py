@@ -122,7 +122,7 @@ def test_a_client_that_leaves_in_mid_stream_gives_all_blocks_back(served: Served
     with socket.create_connection(("127.0.0.1", served.port)) as connection:
         connection.sendall(head + body)
         if num_bytes == 0:  # before the first byte of the answer
-            wait_until(lambda: served.status()["queue"]["num_running"], timeout_s=10, what="the request")
+            wait_until(lambda: served.status()["queue"]["num_running"], timeout_s=90, what="the request")
         else:
             assert connection.recv(num_bytes, socket.MSG_WAITALL)
     after = served.wait_until_idle()
@@ -139,7 +139,7 @@ def test_metrics_stand_at_rays_endpoint(served: Served) -> None:
         found = {line.split("{")[0]: line for line in lines}
         return found if "ray_flexpipe_generation_tokens_total" in found else None
 
-    found = wait_until(series, timeout_s=40, what="Ray's metrics")
+    found = wait_until(series, timeout_s=90, what="Ray's metrics")
     assert 'app="flexpipe"' in found["ray_flexpipe_generation_tokens_total"]
     for name in ("epoch", "stage_layers", "kv_used_ratio", "running_sequences", "time_to_first_token_seconds_count"):
         assert f"ray_flexpipe_{name}" in found, sorted(found)

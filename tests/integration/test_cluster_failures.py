@@ -14,14 +14,14 @@ import pytest
 from served import Served, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-RESTART_S = 30
-"""10 s on a quiet machine; a busy one needs longer for the imports alone."""
+RESTART_S = 120
+"""10 s on a quiet machine; a busy one needs much longer for the imports alone."""
 
 
 def test_a_killed_router_is_replaced_and_the_stages_survive(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     expected = served.complete("The capital of France is", num_tokens=20)
     before = served.status()
-    router = wait_until(served.replica, timeout_s=30, what="the replica")
+    router = wait_until(served.replica, timeout_s=90, what="the replica")
     psutil.Process(router["pid"]).kill()
     killed = time.monotonic()
 
@@ -39,7 +39,7 @@ def test_a_killed_router_is_replaced_and_the_stages_survive(served: Served, caps
     after = served.status()
     assert [stage["pid"] for stage in after["stages"]] == [stage["pid"] for stage in before["stages"]]
     assert after["epoch"] == before["epoch"] + 1
-    new_router = wait_until(served.replica, timeout_s=30, what="the replica")
+    new_router = wait_until(served.replica, timeout_s=90, what="the replica")
     assert new_router["pid"] != router["pid"]
 
 

@@ -76,7 +76,7 @@ def launch(tmp_path: Path) -> Iterator[Any]:
 def ended(launched: Launch) -> str:
     """What it printed in all; nothing of it is left."""
     wait_until(launched.has_ended, timeout_s=120, what="the command's end")
-    assert not alive_after(launched.descendants, timeout_s=10)
+    assert not alive_after(launched.descendants, timeout_s=90)
     assert launched.session is None or not launched.session.exists()
     return str(launched.process.stdout.read())
 

@@ -26,7 +26,7 @@ def pids(status: dict[str, Any]) -> list[int]:
 
 def test_layout_and_limits_change_live(served: Served, serve_config: dict[str, Any]) -> None:
     expected = served.complete("Once upon a time", num_tokens=30)
-    before, router = served.status(), wait_until(served.replica, timeout_s=30, what="the replica")
+    before, router = served.status(), wait_until(served.replica, timeout_s=90, what="the replica")
     changed = with_user_config(serve_config, {"layout": {"stages": 3}, "limits": {"max_prompt_tokens": 10}})
     after = served.deploy(changed, until=lambda s: s["layout"]["num_stages"] == len(s["stages"]) == 3)
     assert after["epoch"] == before["epoch"] + 1
@@ -36,7 +36,7 @@ def test_layout_and_limits_change_live(served: Served, serve_config: dict[str, A
     refused = httpx.post(f"{served.base_url}/v1/completions", json={"prompt": [5] * 11, "max_tokens": 1})
     assert refused.status_code == 400
     assert "10" in refused.json()["error"]["message"]
-    replica = wait_until(served.replica, timeout_s=30, what="the replica")
+    replica = wait_until(served.replica, timeout_s=90, what="the replica")
     assert (replica["pid"], replica["replica_id"]) == (router["pid"], router["replica_id"])
 
 
@@ -51,13 +51,13 @@ def test_a_wrong_user_config_is_refused_and_the_replica_goes_on(
     served: Served, serve_config: dict[str, Any], user_config: dict[str, Any], reason: str
 ) -> None:
     expected = served.complete("Once upon a time", num_tokens=30)
-    before, router = served.status(), wait_until(served.replica, timeout_s=30, what="the replica")
+    before, router = served.status(), wait_until(served.replica, timeout_s=90, what="the replica")
     after = served.deploy(with_user_config(serve_config, user_config), until=lambda s: s["config_error"])
     assert reason in after["config_error"]
     assert after["epoch"] == before["epoch"]
     assert pids(after) == pids(before)
     assert served.complete("Once upon a time", num_tokens=30) == expected
-    assert wait_until(served.replica, timeout_s=30, what="the replica")["pid"] == router["pid"]
+    assert wait_until(served.replica, timeout_s=90, what="the replica")["pid"] == router["pid"]
     assert served.deploy(serve_config, until=lambda s: s["config_error"] is None)["epoch"] == before["epoch"]
 
 
@@ -76,7 +76,7 @@ def test_other_args_give_a_new_replica_whose_stages_hold_their_own_layers_only(
     served: Served, serve_config: dict[str, Any], demo_model: Path
 ) -> None:
     """The demo model, whose weights are large enough to be seen in the processes."""
-    before, router = served.status(), wait_until(served.replica, timeout_s=30, what="the replica")
+    before, router = served.status(), wait_until(served.replica, timeout_s=90, what="the replica")
     old_stages = served.stages()
     config = copy.deepcopy(serve_config)
     config["applications"][0]["args"]["model"] = {"source": "demo", "name": "demo"}
@@ -84,7 +84,7 @@ def test_other_args_give_a_new_replica_whose_stages_hold_their_own_layers_only(
     assert served.complete("The capital of France is", num_tokens=3).strip().startswith("Paris")
     assert wait_until(served.replica, timeout_s=60, what="the replica")["pid"] != router["pid"]
     assert not set(pids(halves)) & set(pids(before))
-    assert not alive_after(old_stages, timeout_s=20)
+    assert not alive_after(old_stages, timeout_s=90)
 
     held = weight_bytes(halves)
     assert held[0] == pytest.approx(held[1], rel=0.01), "half of the layers each, and the matrix of both ends"
@@ -108,7 +108,7 @@ def test_a_deleted_application_takes_its_stages_and_their_memory_along(
     assert list(folder.glob("*.kv"))
     # What `serve.delete` does, for all applications.
     httpx.delete(f"{served.dashboard}/api/serve/applications/", timeout=60).raise_for_status()
-    assert not alive_after(stages, timeout_s=20)
-    wait_until(lambda: not folder.exists(), timeout_s=20, what="the folder's end")
+    assert not alive_after(stages, timeout_s=90)
+    wait_until(lambda: not folder.exists(), timeout_s=90, what="the folder's end")
     served.deploy(serve_config, until=lambda s: s["model"] == "small")
     assert served.complete("Once upon a time", num_tokens=5)

@@ -22,7 +22,7 @@ from served import Served, clean_environment, wait_until
 from flexpipe_serve.cli import main
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-RESTART_S = 60
+RESTART_S = 120
 """Of the Router: 10 s on a quiet machine."""
 NUM_TOKENS = 300
 
@@ -175,7 +175,7 @@ def test_a_router_killed_while_stages_start(served: Served) -> None:
 
 
 def kill_router(served: Served) -> None:
-    router = wait_until(served.replica, timeout_s=30, what="the replica")
+    router = wait_until(served.replica, timeout_s=90, what="the replica")
     psutil.Process(router["pid"]).kill()
 
 

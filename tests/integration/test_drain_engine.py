@@ -144,7 +144,7 @@ def test_what_ray_takes_away_is_left_by_itself(
 ) -> None:
     with load(engine, requests, expected):
         host.say("node-c", is_draining=True, deadline=time.time() + 60)
-        wait_until(lambda: engine.drains(), timeout_s=30, what="the notice to be seen")
+        wait_until(lambda: engine.drains(), timeout_s=90, what="the notice to be seen")
         assert drained(engine, "node-c").state is DrainState.EMPTY
         assert "node-c" not in nodes_of(engine)
         host.say("node-c", is_alive=False)
@@ -196,7 +196,7 @@ def test_a_refactoring_in_the_way_is_cancelled_first(
         drain(engine, "node-b")
         asked = wait_until(
             lambda: engine._refactorings._running is not None and not engine._refactorings._running._events.empty(),
-            timeout_s=30,
+            timeout_s=90,
             what="the cancellation",
         )
         assert asked
@@ -217,7 +217,7 @@ def test_a_warm_stage_leaves_too_and_another_takes_its_place(engine: Engine, hos
     assert drained(engine, "node-b").state is DrainState.EMPTY
     layout = engine.layout
     assert layout is not None
-    wait_until(lambda: len(engine._pipeline.stages) == 4, timeout_s=30, what="a warm stage elsewhere")
+    wait_until(lambda: len(engine._pipeline.stages) == 4, timeout_s=90, what="a warm stage elsewhere")
     assert "node-b" not in engine._pipeline.node_of.values()
 
 
@@ -228,7 +228,7 @@ def test_what_does_not_fit_elsewhere_is_said_and_tried_again(host: NodesHost, si
         record = drain(engine, "node-a")
         assert record.holds_router
         blocked: Callable[[], Any] = lambda: [record for record in engine.drains() if record.error]  # noqa: E731
-        (found,) = wait_until(blocked, timeout_s=30, what="a refusal")
+        (found,) = wait_until(blocked, timeout_s=90, what="a refusal")
         assert found.state is DrainState.DRAINING
         assert "has 0 MiB" in found.error
         assert kinds(engine).count("drain_blocked") == 1
@@ -273,6 +273,6 @@ def test_a_stage_that_is_lost_comes_back_elsewhere(
         assert drained(engine, "node-b").state is DrainState.EMPTY
         num_launched = len(host.launched)
         host._alive[lost].stop()
-        wait_until(lambda: "rebuilt" in kinds(engine), timeout_s=30, what="the stage to be replaced")
+        wait_until(lambda: "rebuilt" in kinds(engine), timeout_s=90, what="the stage to be replaced")
         assert [(name, node != "node-b") for name, node in host.launched[num_launched:]] == [(lost, True)]
     check_idle(engine, host)

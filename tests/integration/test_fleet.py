@@ -88,7 +88,7 @@ def test_one_two_one_under_load(
 def wait_for_use_of_the_second(fleet: Fleet) -> None:
     """Returns when it computes."""
     loop = fleet.engines[1].loop
-    loop.when(lambda: loop.scheduler.stats().num_running > 0).result(30)
+    loop.when(lambda: loop.scheduler.stats().num_running > 0).result(90)
 
 
 def test_clients_that_leave_meanwhile_are_found(six_layers: Path, host: LocalStageHost) -> None:

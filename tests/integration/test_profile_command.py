@@ -40,8 +40,8 @@ def test_profile(
     assert profile.layer.counts[0] == 1
     assert profile.layer.counts[-1] == 512
     assert 0 < profile.layer.at(1) < profile.layer.at(512) < 1.0
-    assert 0 < profile.hop_s < 0.1
-    assert profile.hop_s < profile.step_s < 0.1
+    assert 0 < profile.hop_s < 1
+    assert 0 < profile.step_s < 1
     assert profile.load_bytes_per_s > 1e5
     assert 0 < profile.error_mean <= profile.error_max
     assert profile.num_layers == len(profile.layer_bytes) == spec.num_layers

@@ -52,5 +52,5 @@ def test_calls_to_a_killed_process_fail(setup: StageSetup) -> None:
     os.kill(pid, signal.SIGKILL)
     for future in (pending, stage.watch(), stage.report()):
         with pytest.raises(EngineUnavailableError):
-            future.result(20)
+            future.result(90)
     stage.stop()

@@ -31,7 +31,7 @@ NODE = "local"
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
 MAX_BLOCKS = 128
-_ANSWER_S = 20.0
+_ANSWER_S = 60.0
 
 Part = tuple[str, int, int]
 """Stage, first layer, first layer behind."""

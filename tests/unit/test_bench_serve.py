@@ -100,7 +100,7 @@ def servers() -> Iterator[list[tuple[str, FakeServer]]]:
 
     thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
     thread.start()
-    assert started.wait(10)
+    assert started.wait(60)
     yield found
     loop.call_soon_threadsafe(stop.set)
     thread.join(10)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from flexpipe_serve.pipeline.channel import CurveKeys
 from flexpipe_serve.pipeline.inbox import Inbox, connect
 
-RECEIVE_S = 10.0
+RECEIVE_S = 60.0
 LARGE = 20 << 20
 """Far more than the kernel holds for a socket."""
 

@@ -170,11 +170,11 @@ def test_of_two_writers_one_wins_and_readers_see_whole_parts_only(shelf: Shelf) 
 
     def pause() -> None:
         in_the_middle.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
 
     writer = threading.Thread(target=lambda: first.write("part", weights, between=pause))
     writer.start()
-    assert in_the_middle.wait(20)
+    assert in_the_middle.wait(60)
     assert second.read("part", device=CPU, between=nothing) is None
     assert not second.write("part", weights, between=nothing), "somebody is at it"
     assert second.use().used_bytes > 6 * MIB, "what is being written counts in full"

@@ -167,7 +167,7 @@ class Written:
 
     def wait(self, num_parts: int) -> None:
         for _ in range(num_parts):
-            assert self._parts.acquire(timeout=20)
+            assert self._parts.acquire(timeout=60)
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_a_stage_that_ends_stops_filling_and_leaves_nothing(tmp_path: Path, monk
     monkeypatch.setattr(HostCache, "write", write_slowly)
     with harness(tmp_path, host_cache_bytes=None) as stages:
         stages.start(("stage-0", 0, 4))
-        assert filling.wait(20)
+        assert filling.wait(60)
         assert len(list(stages.folder.path.glob("*.new"))) == 1
         stages.stop("stage-0")
         assert list(stages.folder.path.glob("*.weights*")) == []
@@ -269,7 +269,7 @@ def test_a_cache_that_cannot_be_filled_is_no_failure(
     filler = CacheFiller(Model(), folder=Path("/"))  # type: ignore[arg-type]
     for _ in range(2):
         filler.fill()
-        assert tried.acquire(timeout=20), "it tries again with the next weights"
+        assert tried.acquire(timeout=60), "it tries again with the next weights"
     filler.close()
     assert "the host cache is not filled" in caplog.text
 

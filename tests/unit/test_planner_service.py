@@ -26,7 +26,7 @@ from flexpipe_serve.planner.types import (
 )
 from flexpipe_serve.refactor.record import Mode, Outcome, Phase, RefactorPlan, RefactorRecord, RefactorRequest
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 PROFILE = make_profile()
 DEVICE = StageDevice(name="a", node="a", compute="a", domain="a", memory_bytes=1)
 ONE, TWO = Split(boundaries=(), devices=(DEVICE,)), Split(boundaries=(2,), devices=(DEVICE, DEVICE))

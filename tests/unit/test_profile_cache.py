@@ -93,7 +93,7 @@ def test_a_damaged_profile_counts_as_none(model: Path, tmp_path: Path) -> None:
 def test_it_is_measured_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile_cache, "_COMMAND", stand_in(model, tmp_path))
     futures = [start_profiling(model, dtype="float32", device="cpu", num_threads=2) for _ in range(3)]
-    assert [future.result(30) for future in futures] == [MEASURED] * 3
+    assert [future.result(120) for future in futures] == [MEASURED] * 3
     (call,) = (tmp_path / "calls").read_text().splitlines()
     assert call == f"--model {model} --dtype float32 --device cpu --threads 2"
 
@@ -101,7 +101,7 @@ def test_it_is_measured_once(model: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_failure_says_what_the_command_said(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile_cache, "_COMMAND", stand_in(model, tmp_path, fails=True))
     with pytest.raises(ConfigError, match="ended with 1: there is no such device"):
-        start_profiling(model, dtype="float32", device="cpu", num_threads=2).result(30)
+        start_profiling(model, dtype="float32", device="cpu", num_threads=2).result(120)
 
 
 def test_reading_profiles_needs_no_torch(model: Path) -> None:

@@ -131,7 +131,7 @@ def test_kv_moves_while_steps_go_on(
         send(1, take_one())
     targets = {target for _, target, _ in moves}
     with ThreadPoolExecutor() as pool:
-        mirrored = [pool.submit(h.stages[t].wait_copied, 2, through_step=0, timeout_s=20) for t in targets]
+        mirrored = [pool.submit(h.stages[t].wait_copied, 2, through_step=0, timeout_s=60) for t in targets]
         while not all(future.done() for future in mirrored):
             send(1, take_one()) if len(in_flight[min(in_flight)].logprobs) < 6 else time.sleep(0)
         for future in mirrored:
@@ -143,7 +143,7 @@ def test_kv_moves_while_steps_go_on(
         if len(seq.logprobs) < NUM_STEPS:
             send(2, seq)
     for target in targets:
-        h.stages[target].wait_copied(2, through_step=last_old_step, timeout_s=20)
+        h.stages[target].wait_copied(2, through_step=last_old_step, timeout_s=60)
         report = h.stages[target].report()
         assert 0 < report.patch_bytes < report.copied_bytes
     for stage in h.stages.values():
@@ -249,26 +249,26 @@ def test_a_copy_that_lacks_a_message_fails_and_the_stage_goes_on(ghost: Ghost, h
     _, patch = ghost.old_step(ghost.seqs[0])
     stage = h.stages["stage-1"]
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(stage.wait_copied, 2, through_step=10**6, timeout_s=20)
+        waiting = pool.submit(stage.wait_copied, 2, through_step=10**6, timeout_s=60)
         ghost.outlet.send(patch)
         with pytest.raises(CopyError, match=r"'ghost' to 'stage-1' is broken.*one is missing"):
-            waiting.result(20)
+            waiting.result(60)
     h.send(2, [ghost.seqs[0]])  # stays where it is
     for _ in range(NUM_STEPS):
         h.step(3, [ghost.seqs[2]])
     assert_as_expected(ghost.seqs[2:], expected[2:])
     stage.release(2)
     with pytest.raises(CopyError, match="released"):
-        stage.wait_copied(2, through_step=0, timeout_s=20)
+        stage.wait_copied(2, through_step=0, timeout_s=60)
 
 
 def test_a_release_ends_the_wait(ghost: Ghost, h: Harness) -> None:
     stage = h.stages["stage-1"]
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(stage.wait_copied, 2, through_step=0, timeout_s=20)
+        waiting = pool.submit(stage.wait_copied, 2, through_step=0, timeout_s=60)
         stage.release(2)
         with pytest.raises(CopyError, match="released"):
-            waiting.result(20)
+            waiting.result(60)
     number, patch = ghost.old_step(ghost.seqs[0])
     ghost.outlet.send(patch)  # of an epoch that is gone
     h.step(3, [ghost.seqs[2]])
@@ -287,7 +287,7 @@ def test_a_source_sends_a_patch_for_every_step_also_for_failed_ones(h: Harness, 
     assert isinstance(h.answer()[0], FailureHeader)
     failed = h.send(1, corrupt=True)
     assert isinstance(h.answer()[0], FailureHeader)
-    h.stages["stage-1"].wait_copied(2, through_step=failed, timeout_s=20)
+    h.stages["stage-1"].wait_copied(2, through_step=failed, timeout_s=60)
     while len(seq.logprobs) < NUM_STEPS:
         h.step(2, [seq], patched_through=failed)
     assert_as_expected([seq], expected[:1])

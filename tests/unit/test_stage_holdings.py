@@ -168,7 +168,7 @@ def test_release_ends_a_prepare_that_is_loading_and_reports_come_meanwhile(
 
     def slow(self: Checkpoint, layer: int, **kwargs: object) -> object:
         loading.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         return read(self, layer, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Checkpoint, "read_layer", slow)
@@ -176,7 +176,7 @@ def test_release_ends_a_prepare_that_is_loading_and_reports_come_meanwhile(
     assignment = h.assignments(2, NEW_LAYOUTS["merge to the first"])["stage-0"]
     with ThreadPoolExecutor(2) as pool:
         prepared = pool.submit(stage.prepare, assignment, num_blocks=NUM_BLOCKS, fresh=False)
-        assert loading.wait(20)
+        assert loading.wait(60)
         assert stage.report().stop == 2
         seqs = sequences(h)
         for seq in seqs:
@@ -186,8 +186,8 @@ def test_release_ends_a_prepare_that_is_loading_and_reports_come_meanwhile(
             pass
         go_on.set()
         with pytest.raises(EngineUnavailableError, match="epoch 2 was released"):
-            prepared.result(20)
-        released.result(20)
+            prepared.result(60)
+        released.result(60)
     assert held(h) == before
     assert_as_expected(seqs, expected)
 
@@ -219,7 +219,7 @@ def test_capacity_changes_while_steps_run(h: Harness, expected: list) -> None:
                 resized = [pool.submit(stage.resize_kv, num_blocks) for stage in h.stages.values()]
                 h.step(1, [seq])
                 for future in resized:
-                    future.result(20)
+                    future.result(60)
                 per_layer = h.stages["stage-0"]._kv.committed_bytes // 2 // num_blocks
                 assert [stage.report().kv_bytes for stage in h.stages.values()] == [2 * num_blocks * per_layer] * 2
     assert_as_expected(seqs, expected)
