@@ -10,16 +10,16 @@ from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.planner.lengths import OutputLengths
 from flexpipe_serve.planner.stall import StallDetector
 from flexpipe_serve.planner.types import Demand, Trigger
-from flexpipe_serve.planner.windows import ArrivalWindow, Moments, RecentMoments
+from flexpipe_serve.planner.windows import NUM_DEVIATIONS, ArrivalWindow, Moments, RecentMoments
 
 _MIN_ARRIVALS = 10
 """In a window, before its CV says anything."""
 _MIN_ARRIVALS_OF_RATE = 20
 """In a window, before its rate is taken instead of a longer window's."""
+_GLANCE_S = 5.0
+"""A window beside the others that is believed only where it contradicts them: a shift shows there first."""
 _MIN_ENDED = 30
 """Requests in a window, before its lengths are taken instead of a longer window's."""
-_NUM_DEVIATIONS = 3.0
-"""What a change of the rate must stand out by."""
 _SURGE = 0.5
 
 
@@ -34,9 +34,9 @@ def trigger_of(demand: Demand, *, is_stalled: bool, horizon_s: float) -> Trigger
 class DemandMonitor:
     """Watches arrivals and ends of requests.
 
-    Everything but the CVs is of the shortest window that has enough arrivals to go by, so that it follows fast under
-    load and does not jump about without. The CV that planners go by is of the window in the middle: the shortest sees
-    no more of a burst than its inside.
+    Everything but the CVs is of the shortest window that has enough arrivals to go by, or that contradicts the longer
+    ones, so that it follows fast under load and does not jump about without. The CV that planners go by is of the
+    window in the middle: the shortest sees no more of a burst than its inside.
 
     Args:
         windows_s: lengths, rising.
@@ -52,8 +52,9 @@ class DemandMonitor:
             raise ConfigError(f"windows {tuple(windows_s)} must be positive and rise, such as (15, 60, 180) seconds.")
         self._arrivals = [ArrivalWindow(window_s) for window_s in windows_s]
         self._planning = self._arrivals[len(windows_s) // 2 :]
-        self._prompt_tokens = RecentMoments(windows_s, min_count=_MIN_ENDED)
-        self._output_tokens = RecentMoments(windows_s, min_count=_MIN_ENDED)
+        self._glance = ArrivalWindow(_GLANCE_S)
+        self._prompt_tokens = RecentMoments((_GLANCE_S, *windows_s), min_count=_MIN_ENDED)
+        self._output_tokens = RecentMoments((_GLANCE_S, *windows_s), min_count=_MIN_ENDED)
         self._output_lengths = OutputLengths()
         self._prompt_token_work = prompt_token_work
         self._num_arrived = 0
@@ -62,7 +63,7 @@ class DemandMonitor:
     def arrived(self, at: float, *, num_prompt_tokens: int) -> None:
         """A request came. Times of calls never fall."""
         self._num_arrived += 1
-        for window in self._arrivals:
+        for window in (self._glance, *self._arrivals):
             window.add(at)
         self._prompt_tokens.add(at, num_prompt_tokens)
         self._output_lengths.arrived(at)
@@ -80,16 +81,15 @@ class DemandMonitor:
     def demand(self, at: float, *, num_waiting: int, num_running: int, prefix_hit_share: float = 0.0) -> Demand:
         """As of ``at``. With no request yet all is 0, and a CV that is not known is 1 (Poisson)."""
         cvs = {w: w.cv(at) for w in self._arrivals if w.num_arrivals(at) >= _MIN_ARRIVALS}
-        longest = self._arrivals[-1]
-        lately = next((w for w in self._arrivals if w.num_arrivals(at) >= _MIN_ARRIVALS_OF_RATE), longest)
+        cv = next((cvs[w] for w in self._planning if w in cvs), 1.0)
         prompt = self._prompt_tokens.moments(at)
         output = self._output_tokens.moments(at)
-        output_tokens = self._output_lengths.mean(at, cv=output.cv)
+        output_tokens = self._output_lengths.mean(at)
         return Demand(
             at=at,
-            rate=lately.rate(at),
+            rate=self._rate(at, cv),
             rate_gradient=self._gradient(at),
-            cv=next((cvs[w] for w in self._planning if w in cvs), 1.0),
+            cv=cv,
             cv_by_window={f"{w.window_s:g}s": cv for w, cv in cvs.items()},
             prompt_tokens=prompt.mean,
             output_tokens=output_tokens,
@@ -100,9 +100,17 @@ class DemandMonitor:
             num_arrived=self._num_arrived,
         )
 
+    def _rate(self, at: float, cv: float) -> float:
+        """Of the shortest window that is to be believed."""
+        rate = self._arrivals[-1].rate(at)
+        for window in reversed(self._arrivals[:-1]):
+            if window.num_arrivals(at) >= _MIN_ARRIVALS_OF_RATE or window.contradicts(at, rate, cv=cv):
+                rate = window.rate(at)
+        return self._glance.rate(at) if self._glance.contradicts(at, rate, cv=cv) else rate
+
     def _gradient(self, at: float) -> float:
         """Of the shortest window that shows any: a steep rise soon, a slow one when it stands out."""
-        gradients = (window.gradient(at, num_deviations=_NUM_DEVIATIONS) for window in self._arrivals)
+        gradients = (window.gradient(at, num_deviations=NUM_DEVIATIONS) for window in self._arrivals)
         return next((gradient for gradient in gradients if gradient), 0.0)
 
     @property

@@ -30,7 +30,8 @@ class OutputLengths:
     Of a length of which so much is done and the end unknown, the maximum-likelihood mean is tokens generated over
     requests ended, where every token is as likely to be the last (an exponential length under right-censoring). In a
     window of time that is right for any lengths in a steady flow. When lengths change, short windows show it first: of
-    5 to 180 s the longest is believed until a shorter one has enough ends, or other ends than could be by chance.
+    5 to 180 s the longest is believed until a shorter one has enough ends, or other ends than could be by chance: then
+    what was before is forgotten.
 
     Constant time a token; memory for 180 s.
     """
@@ -41,6 +42,8 @@ class OutputLengths:
         self._before: deque[_Counts] = deque()
         """What had happened before each."""
         self._num_tokens = self._num_ended = self._num_arrived = 0
+        self._since = -math.inf
+        """Lengths have changed then; what was before is not looked at."""
         self._known = 0.0
 
     def arrived(self, at: float) -> None:
@@ -58,28 +61,27 @@ class OutputLengths:
         self._note(at)
         self._num_ended += 1
 
-    def mean(self, at: float, *, cv: float = 1.0) -> float:
-        """As of ``at``; what was told last where nothing has happened for long, 0 before anything has.
-
-        Args:
-            cv: of lengths; more than 1 makes chance differences larger.
-        """
+    def mean(self, at: float) -> float:
+        """As of ``at``; what was told last where nothing has happened for long, 0 before anything has."""
         longest, *shorter = (self._window(at, window_s) for window_s in _WINDOWS_S)
         if not longest.num_tokens:
             return self._known
         # Where hardly any has ended, what each request has got by now says more than the ends.
         so_far = longest.num_tokens / max(1, longest.num_arrived, longest.num_ended)
         known = _blend(longest, so_far)
-        for window in shorter:
+        for window_s, window in zip(_WINDOWS_S[1:], shorter, strict=True):
             expected = window.num_tokens / known
-            chance = _NUM_DEVIATIONS * max(1.0, cv) * math.sqrt(max(expected, window.num_ended))
-            if window.num_ended >= _ENOUGH or abs(window.num_ended - expected) > chance:
+            chance = _NUM_DEVIATIONS * math.sqrt(max(expected, window.num_ended))
+            is_new = abs(window.num_ended - expected) > chance
+            if is_new:
+                self._since = max(self._since, at - window_s)
+            if is_new or window.num_ended >= _ENOUGH:
                 known = _blend(window, known)
         self._known = known
         return known
 
     def _window(self, at: float, window_s: float) -> _Counts:
-        index = bisect_right(self._seconds, at - window_s)
+        index = bisect_right(self._seconds, max(at - window_s, self._since))
         if index == len(self._seconds):
             return _Counts(0, 0, 0)
         before = self._before[index]

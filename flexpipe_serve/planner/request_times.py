@@ -77,20 +77,20 @@ class RequestTimes:
         """Each sequence is in one of ``depth`` steps in flight: a round of them gives it a token, or a chunk."""
         depth = min(float(self._steps.depth), num_seqs)
         rows, chunks = self._per_step(num_seqs / depth)
-        plain_pass_s, busiest_s = self._steps.at(self._shape(rows, 0.0))
-        plain_s = max(busiest_s, plain_pass_s / depth)
-        chunk_pass_s, busiest_s = self._steps.at(self._shape(rows, 1.0))
-        chunk_s = max(busiest_s, chunk_pass_s / depth)
+        plain = plain_pass_s, plain_busiest_s = self._steps.at(self._shape(rows, 0.0))
+        chunk = chunk_pass_s, chunk_busiest_s = self._steps.at(self._shape(rows, 1.0))
+        plain_s = max(plain_busiest_s, plain_pass_s / depth)
+        chunk_s = max(chunk_busiest_s, chunk_pass_s / depth)
         # A request's own chunks make its own prefill longer, not its tokens.
         chunks *= (num_seqs - 1) / num_seqs
         # What the token budget leaves out of a step comes in further ones.
         num_fitting = max(1.0, (self._token_budget - rows) * self._num_chunks / self._new_tokens)
-        most = _most_chunks(chunks, num_fitting, depth)
-        if most <= 1:
-            interval_s = plain_s + most * (chunk_s - plain_s)
-        else:
-            pass_s, busiest_s = self._steps.at(self._shape(rows, most))
-            interval_s = max(busiest_s, pass_s / depth)
+        mean = min(chunks, num_fitting)
+        most = max(mean, _most_chunks(chunks, num_fitting, depth))
+        # The busiest compute has all steps of a round to do, and no round is shorter than its longest step's pass.
+        _, busiest_s = self._with_chunks(rows, mean, plain, chunk)
+        pass_s, _ = self._with_chunks(rows, most, plain, chunk)
+        interval_s = max(busiest_s, pass_s / depth)
         token_s = depth * interval_s * max(1.0, chunks / num_fitting)
         prefill_s = self._num_chunks * (token_s + chunk_pass_s - plain_pass_s)
         return Times(
@@ -100,6 +100,14 @@ class RequestTimes:
             token_s=token_s,
             residence_s=prefill_s + self._num_decodes * token_s,
         )
+
+    def _with_chunks(
+        self, rows: float, chunks: float, plain: tuple[float, float], chunk: tuple[float, float]
+    ) -> tuple[float, float]:
+        """As StepTimes.at, of a step with so many chunks on average, given that of one with none and with one."""
+        if chunks > 1:
+            return self._steps.at(self._shape(rows, chunks))
+        return plain[0] + chunks * (chunk[0] - plain[0]), plain[1] + chunks * (chunk[1] - plain[1])
 
     def _per_step(self, num_seqs: float) -> tuple[float, float]:
         """Of so many sequences in a step, how many decode and how many are in their prompt."""
@@ -118,16 +126,19 @@ class RequestTimes:
 
 
 def num_places(demand: Demand, num_kv_tokens: int, *, max_num_seqs: int) -> float:
-    """Sequences that can be there at once, half through their output on average; 0 where not even one fits."""
+    """Sequences that can be there at once; 0 where not even one fits. One of them is at its end, the others half
+    through their output on average."""
     prompt_tokens, output_tokens = max(1.0, demand.prompt_tokens), max(1.0, demand.output_tokens)
     if num_kv_tokens < prompt_tokens + output_tokens:
         return 0.0
-    return min(float(max_num_seqs), num_kv_tokens / (prompt_tokens + output_tokens / 2))
+    num_others = (num_kv_tokens - prompt_tokens - output_tokens) / (prompt_tokens + output_tokens / 2)
+    return min(float(max_num_seqs), 1 + num_others)
 
 
 def _most_chunks(chunks: float, num_fitting: float, depth: float) -> float:
     """Chunks in that one of ``depth`` steps in flight that has most, if ``chunks`` is the mean and at most
-    ``num_fitting`` go into a step. It sets the pace: while it is in one stage, the others are soon idle.
+    ``num_fitting`` go into a step. Where stages are equal it sets the pace: while it is in one, the others are soon
+    idle.
 
     Where only one fits, each step has one or none; where many do, their number is as good as Poisson.
     """

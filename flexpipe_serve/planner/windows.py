@@ -9,6 +9,13 @@ from dataclasses import dataclass
 
 _NUM_SLOTS = 15
 _MIN_COVERED_S = 5.0
+_FEW = 5
+"""Fewer values contradict nothing."""
+_LEAST_OWN = 0.7
+_LEAST_CV = 0.5
+_ROUNDING = 1e-6
+NUM_DEVIATIONS = 3.0
+"""By which a change must stand out from chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,12 @@ class MomentWindow:
         deviation = math.sqrt(max(0.0, squares / count - mean * mean))
         return Moments(count, mean, deviation / mean if mean > 0 else 0.0)
 
+    def forget(self, before: float) -> None:
+        """Drop what was before a time, up to one slot."""
+        number = math.floor(before / self._slot_s)
+        while self._slots and self._slots[0].number < number:
+            self._slots.popleft()
+
     def count(self, at: float) -> int:
         """Values in the window as of ``at``."""
         self._drop_old(at)
@@ -93,8 +106,20 @@ class MomentWindow:
             self._slots.popleft()
 
 
+def _contradicts(moments: Moments, longer: Moments) -> bool:
+    """Whether values have changed. What few are alike for may be chance: of the longer window's deviation a part is
+    taken for theirs, whatever they look like."""
+    if moments.count < _FEW:
+        return False
+    deviation = longer.cv * longer.mean
+    own = max(_LEAST_OWN * deviation, moments.cv * moments.mean)
+    chance = NUM_DEVIATIONS * math.hypot(own / math.sqrt(moments.count), deviation / math.sqrt(longer.count))
+    return abs(moments.mean - longer.mean) > chance + _ROUNDING * longer.mean
+
+
 class RecentMoments:
-    """Moments of the shortest of several windows that holds enough values to go by.
+    """Moments of the shortest of several windows that is to be believed: it holds enough values, or contradicts the
+    longer ones by more than chance; then what was before is forgotten.
 
     Args:
         windows_s: lengths, rising.
@@ -102,7 +127,7 @@ class RecentMoments:
     """
 
     def __init__(self, windows_s: Sequence[float], *, min_count: int) -> None:
-        self._windows = [MomentWindow(window_s) for window_s in windows_s]
+        self._windows = [MomentWindow(window_s) for window_s in reversed(windows_s)]
         self._min_count = min_count
         self._known = Moments(0, 0.0, 0.0)
 
@@ -112,11 +137,18 @@ class RecentMoments:
             window.add(at, value)
 
     def moments(self, at: float) -> Moments:
-        """As of ``at``: of the longest window where no one has enough; what was told last where that is empty."""
-        window = next((w for w in self._windows if w.count(at) >= self._min_count), self._windows[-1])
-        moments = window.moments(at)
-        if moments.count:
-            self._known = moments
+        """As of ``at``: of the longest window where no other is believed; what was told last where that is empty."""
+        known = self._windows[0].moments(at)
+        for index, window in enumerate(self._windows[1:], start=1):
+            moments = window.moments(at)
+            is_new = _contradicts(moments, known)
+            if is_new:
+                for longer in self._windows[:index]:
+                    longer.forget(window.begin(at))
+            if is_new or moments.count >= self._min_count:
+                known = moments
+        if known.count:
+            self._known = known
         return self._known
 
 
@@ -148,7 +180,17 @@ class ArrivalWindow:
     def rate(self, at: float) -> float:
         """Arrivals a second in what the window covers by now, taken as 5 s where it is less: a burst at the start is
         no rate."""
-        return self.num_arrivals(at) / max(at - self._begin(at), _MIN_COVERED_S)
+        return self.num_arrivals(at) / self._covered_s(at)
+
+    def contradicts(self, at: float, rate: float, *, cv: float) -> bool:
+        """Whether there have been more or fewer arrivals than a steady rate with gaps of this CV would bring."""
+        expected = rate * self._covered_s(at)
+        return abs(self.num_arrivals(at) - expected) > NUM_DEVIATIONS * max(_LEAST_CV, cv) * math.sqrt(
+            max(1.0, expected)
+        )
+
+    def _covered_s(self, at: float) -> float:
+        return max(at - self._begin(at), _MIN_COVERED_S)
 
     def gradient(self, at: float, *, num_deviations: float) -> float:
         """By how much the rate changes each second, from the older to the younger half of the window.

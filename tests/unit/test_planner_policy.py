@@ -357,7 +357,7 @@ def test_a_mix_that_shifts_moves_the_cut() -> None:
     """PipeLive's experiment: a fast device with little memory, a slow one with much."""
     profile = make_profile(kv_bytes_per_token=24_576, layer_bytes=100_000_000)
     fast, slow = make_device(0, memory_mib=2700), make_device(1, memory_mib=3100, speed=0.6)
-    weights = PlannerWeights(max_stages=2)
+    weights = PlannerWeights(max_stages=2, margin=0.02)
 
     def best(current: Split, demand: Demand) -> Split:
         policy = make_policy("gated", weights)
@@ -368,7 +368,7 @@ def test_a_mix_that_shifts_moves_the_cut() -> None:
         return chosen or current
 
     start = Split(boundaries=(13,), devices=(fast, slow))
-    prefill_heavy = make_demand(1.3, prompt_tokens=512, output_tokens=8)
+    prefill_heavy = make_demand(0.8, prompt_tokens=512, output_tokens=8)
     decode_heavy = make_demand(0.35, prompt_tokens=64, output_tokens=512, num_running=5)
     for_prefill = best(start, prefill_heavy)
     for_decode = best(for_prefill, decode_heavy)
