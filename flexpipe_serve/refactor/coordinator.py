@@ -55,7 +55,8 @@ from flexpipe_serve.refactor.record import Phase, PhaseTime, RefactorRecord
 logger = logging.getLogger(__name__)
 _ANSWER_S = 60.0
 """For a command whose work does not grow with the model."""
-_POLL_S = 0.5
+_POLL_S = 1.0
+"""Seldom: while KV is copied, each time its targets are asked how far they are."""
 _REPORT_S = 5.0
 
 
