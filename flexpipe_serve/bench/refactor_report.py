@@ -13,7 +13,7 @@ from rich.table import Table
 
 from flexpipe_serve.bench.load import StreamRecord
 from flexpipe_serve.bench.memory import Sample
-from flexpipe_serve.bench.refactor_run import Section
+from flexpipe_serve.bench.refactor_run import CHURN, Section
 from flexpipe_serve.bench.report import machine, spread_text
 from flexpipe_serve.bench.summary import Spread
 from flexpipe_serve.bench.trial import Figures, Trial, assess, at_rest, extra_memory
@@ -227,6 +227,8 @@ def notes(sections: Sequence[Section]) -> list[str]:
         for stream in section.streams
     )
     num_trials = sum(len(section.trials) for section in sections)
+    if any(section.name == CHURN for section in sections):
+        found.append("Churn loads without rests and copies fast: its gaps and lost tokens are not those of live.")
     return [
         *found,
         f"{num_prefills} prompts were computed in the windows of {num_trials} refactorings; those moments, there and at"
