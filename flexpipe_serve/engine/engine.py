@@ -15,6 +15,7 @@ from typing import Any
 from flexpipe_serve.engine.client import ModelCard
 from flexpipe_serve.engine.fleet_memory import PipelineUse
 from flexpipe_serve.engine.outputs import SequenceOutput
+from flexpipe_serve.engine.pipeline_keeper import PipelineKeeper
 from flexpipe_serve.engine.pipeline_memory import PipelineMemory
 from flexpipe_serve.engine.planner_view import PipelineView, make_view
 from flexpipe_serve.engine.sampling_params import SamplingParams
@@ -31,7 +32,6 @@ from flexpipe_serve.model.tokenizer import ModelTokenizer
 from flexpipe_serve.pipeline.budget import DomainUse
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.pipeline import Pipeline
-from flexpipe_serve.pipeline.stage_types import StageReport
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
 from flexpipe_serve.placement.placements import Placements
 from flexpipe_serve.placement.topology import Topology, devices_for_planner
@@ -44,9 +44,6 @@ from flexpipe_serve.refactor.manager import RefactorManager
 from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
 
 logger = logging.getLogger(__name__)
-_RETRY_S = 2.0
-"""Between attempts to bring a lost pipeline back."""
-
 _MAX_EVENTS = 1000
 
 OnLost = Callable[[str, str], None]
@@ -94,9 +91,6 @@ class Engine:
         self._on_down = on_down
         self._control = ThreadPoolExecutor(1, thread_name_prefix="flexpipe-control")
         self._stopping = threading.Event()
-        self._sign_of_life_s = sign_of_life_s
-        self._heartbeat = threading.Thread(target=self._speak_to_stages, name="flexpipe-heartbeat", daemon=True)
-        self._reports: dict[str, StageReport] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
         self._placer = StagePlacer(self._pipeline, weights, placements, note=self._note)
         self._refactorings = RefactorManager(
@@ -104,7 +98,7 @@ class Engine:
             self._loop,
             weights,
             placer=self._placer,
-            rebuild=self._rebuild_once,
+            rebuild=lambda layout: self._keeper.rebuild_once(layout),
             on_over=self._on_refactored,
         )
         self.memory = PipelineMemory(
@@ -114,6 +108,17 @@ class Engine:
             control=self._control,
             on_resized=self._after_resizing,
         )
+        self._keeper = PipelineKeeper(
+            self._pipeline,
+            self._loop,
+            self._placer,
+            control=self._control,
+            changing=self.memory.changing,
+            stopping=self._stopping,
+            sign_of_life_s=sign_of_life_s,
+            on_heard=self._on_heard,
+            note=self._note,
+        )
         self._drainer = Drainer(
             self._pipeline,
             self._refactorings,
@@ -122,7 +127,6 @@ class Engine:
             note=self._note,
         )
         self._wanted = WantedLayout(self._pipeline, self._refactorings, start=self._start_refactoring)
-        self._unavailable: str | None = "the pipeline has not started."
 
     # ------------------------------------------------------------------ for clients
 
@@ -158,18 +162,18 @@ class Engine:
 
     async def check_health(self) -> None:
         """Raises EngineUnavailableError unless a request could be served now."""
-        if self._unavailable is not None:
-            raise EngineUnavailableError(f"The model cannot be served now: {self._unavailable}")
+        if self._keeper.unavailable is not None:
+            raise EngineUnavailableError(f"The model cannot be served now: {self._keeper.unavailable}")
 
     def status(self) -> dict[str, Any]:
         """The body of ``GET /flexpipe/status``."""
         return describe_pipeline(
             layout=self._pipeline.layout,
             epoch=self._pipeline.epoch,
-            reports=self._reports,
+            reports=self._keeper.reports,
             stats=self._loop.scheduler.stats(),
             block_size=self._block_size,
-            unavailable=self._unavailable,
+            unavailable=self._keeper.unavailable,
             model=self.model.name,
             metrics=self._metrics.snapshot(),
         ) | {"nodes": describe_nodes(self._drainer.topology(), self._pipeline.node_of)}
@@ -214,7 +218,7 @@ class Engine:
     @property
     def is_up(self) -> bool:
         """Whether a request could be served now."""
-        return self._unavailable is None
+        return self._keeper.unavailable is None
 
     def view(self) -> PipelineView | None:
         """The pipeline as the planner sees it; None while it is not up."""
@@ -225,7 +229,7 @@ class Engine:
         config = self._loop.scheduler.config
         return make_view(
             layout=layout,
-            reports=self._reports,
+            reports=self._keeper.reports,
             budgets=self._pipeline.budgets,
             stats=self._loop.scheduler.stats(),
             block_size=self._block_size,
@@ -263,7 +267,7 @@ class Engine:
 
     def launch(self, layout: Layout) -> PipelineUse:
         """Start empty stages, for ``start``. See PipelineMemory.launch."""
-        self._heartbeat.start()
+        self._keeper.start_heartbeat()
         self._pipeline.avoid = frozenset(self._pipeline.read_drained())
         self._control.submit(self._placer.place, layout).result()
         use = self._control.submit(self.memory.launch, layout).result()
@@ -272,13 +276,13 @@ class Engine:
 
     def domain_use(self, domain: str) -> DomainUse:
         """See PipelineMemory.domain_use."""
-        return self.memory.domain_use(domain, self._reports)
+        return self.memory.domain_use(domain, self._keeper.reports)
 
     def _after_resizing(self, num_blocks: int | None) -> None:
         if num_blocks is not None:
             self._note("kv_resized", f"{num_blocks} KV blocks.")
         with contextlib.suppress(EngineUnavailableError):  # a lost stage is noticed by its watch call
-            self._reports = self._pipeline.reports()
+            self._keeper.refresh()
         self._wanted.pursue()
 
     # ------------------------------------------------------------------ control
@@ -296,14 +300,13 @@ class Engine:
         """
         self._loop.start()
         try:
-            self._control.submit(self._bring_up, layout).result()
+            self._control.submit(self._keeper.bring_up, layout).result()
             self._control.submit(self._refactorings.fill_pool).result()
             self._drainer.start()
         except BaseException:
             self.stop()
             raise
-        if not self._heartbeat.is_alive():
-            self._heartbeat.start()
+        self._keeper.start_heartbeat()
 
     def check_alive(self) -> None:
         """Raises EngineUnavailableError when only a new process can help."""
@@ -335,7 +338,7 @@ class Engine:
         """End all requests with an error, and all stages. A second time it does nothing."""
         if self._stopping.is_set():
             return
-        self._unavailable = "the server is shutting down."
+        self._keeper.unavailable = "the server is shutting down."
         self._stopping.set()
         self._drainer.stop()
         self._refactorings.stop()
@@ -345,38 +348,10 @@ class Engine:
         self._control.shutdown()
         self._metrics.end()
 
-    def _bring_up(self, layout: Layout) -> int:
-        """Start the layout from nothing but tokens. Returns how many sequences are replayed."""
-        with self.memory.changing:
-            self._placer.place(layout)
-            num_blocks = self._pipeline.start(layout)
-            self._reports = self._pipeline.reports()
-            self._placer.update(self._reports)
-            num_replayed = self._loop.resume(depth=self._pipeline.depth(layout), num_blocks=num_blocks).result()
-        self._unavailable = None
-        return num_replayed
-
-    def _rebuild_once(self, layout: Layout) -> int:
-        self._unavailable = "the pipeline is being rebuilt."
-        self._loop.pause().result()
-        return self._bring_up(layout)
-
     def _rebuild(self, layout: Layout, reason: str) -> None:
-        """Bring the pipeline up again, however often it takes; requests wait meanwhile."""
-        self._unavailable = reason
+        self._keeper.unavailable = reason
         self._on_down()
-        while not self._stopping.is_set():
-            self._unavailable = reason
-            try:
-                num_replayed = self._rebuild_once(layout)
-                self._note(
-                    "rebuilt", f"{layout.num_stages} stages are up again; {num_replayed} sequences are replayed."
-                )
-                break
-            except Exception as error:  # process edge: whatever it was, try again with new stages
-                logger.exception("the pipeline could not be rebuilt")
-                self._unavailable = f"{reason} Bringing the pipeline up failed: {error}"
-                self._stopping.wait(_RETRY_S)
+        self._keeper.rebuild(layout, reason)
         self._refactorings.fill_pool()
 
     def _on_stage_lost(self, name: str, reason: str) -> None:
@@ -426,27 +401,16 @@ class Engine:
         if not finish.is_rebuilt or not self._pipeline.is_complete:
             self._rebuild(finish.layout, "a stage was lost during a refactoring and is being replaced.")
         else:
-            self._unavailable = None
+            self._keeper.unavailable = None
             self._refactorings.fill_pool()
             with contextlib.suppress(EngineUnavailableError):  # a lost stage is noticed by its watch call
-                self._reports = self._pipeline.reports()  # or the status would not know the new ones yet
-                self._placer.update(self._reports)
+                self._keeper.refresh()  # or the status would not know the new ones yet
         self._wanted.pursue()
 
     def _note(self, kind: str, message: str) -> None:
         self._events.append({"time": time.time(), "kind": kind, "message": message})
 
-    def _speak_to_stages(self) -> None:
-        while not self._stopping.wait(self._sign_of_life_s):
-            try:
-                self._reports = self._control.submit(self._pipeline.reports).result()
-                self._placer.update(self._reports)
-            except EngineUnavailableError as error:
-                logger.warning("%s", error)  # a lost stage is noticed by its watch call
-                continue
-            except RuntimeError:
-                return  # stopped meanwhile
-            self._metrics.set_gauges(
-                self._loop.scheduler.stats(), list(self._reports.values()), epoch=self._pipeline.epoch
-            )
-            self._metrics.flush(time.monotonic())
+    def _on_heard(self) -> None:
+        reports = list(self._keeper.reports.values())
+        self._metrics.set_gauges(self._loop.scheduler.stats(), reports, epoch=self._pipeline.epoch)
+        self._metrics.flush(time.monotonic())
