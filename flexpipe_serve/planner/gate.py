@@ -27,6 +27,8 @@ NUM_AGREEING = 3
 """Decisions in a row that must have the same winner."""
 _LOOK_AHEAD_S = 30.0
 """A rate goes on changing as it does for so long at most."""
+_SHARE_AFTER_GROWTH = 1 / 3
+"""Of the cool-down."""
 _ROUNDING = 1.04
 _NOISE_WINDOW_S = 15.0
 """Over which a rate is told; what its change may be by chance follows from it."""
@@ -68,9 +70,9 @@ class Judgement(NamedTuple):
 class Gate:
     """Remembers who won lately, and which way the pipeline changed last.
 
-    A split beyond its capacity is left for one within it whatever the margin says, and also within the cool-down,
-    unless the last change was for more capacity already: that one has to show its effect first. Where there is a queue
-    already, agreement is not waited for.
+    A split beyond its capacity is left for one within it whatever the margin says, and also within the cool-down;
+    where the last change was for more capacity already a part of it is waited, so that this one shows its effect. Where
+    there is a queue already, agreement is not waited for.
     """
 
     def __init__(self, weights: PlannerWeights) -> None:
@@ -121,10 +123,12 @@ class Gate:
             return Judgement(Verdict.STAY, numbers)
         num_agreed = self._agree(state, best.split)
         since_s = math.inf if state.last_change_at is None else state.now - state.last_change_at
-        if since_s < weights.cool_down_s and (self._grew or not relieves):
+        cool_down_s = weights.cool_down_s
+        if relieves:
+            cool_down_s *= _SHARE_AFTER_GROWTH if self._grew else 0.0
+        if since_s < cool_down_s:
             return Judgement(
-                Verdict.STAY,
-                f"{numbers}; but the last change was {since_s:.3g} s ago, less than {weights.cool_down_s:g} s",
+                Verdict.STAY, f"{numbers}; but the last change was {since_s:.3g} s ago, less than {cool_down_s:g} s"
             )
         has_queue = relieves and state.demand.num_waiting > 0
         is_urgent = has_queue or state.trigger in (Trigger.STALL, Trigger.ASKED)

@@ -59,7 +59,7 @@ class SimulatedRefactoring:
         self._switch = switch
         self._transition = Transition(profile, old, new)
         self._kv_bytes_per_token = profile.kv_bytes_per_token
-        self._load_s = self._transition.load_s
+        self._load_s = max(self._transition.load_s, self._transition.busy_load_s)
 
     def begin(self) -> None:
         """Shrink the KV where both splits do not fit otherwise, and start.

@@ -15,7 +15,7 @@ from flexpipe_serve.planner.types import PlannerWeights, Split
 from flexpipe_serve.simulate.result import SimulationResult
 from flexpipe_serve.simulate.simulation import Simulation
 
-PROFILE = make_profile()
+PROFILE = make_profile(load_bytes_per_s=3e9)  # from the host cache
 PHASE_S = 40.0
 BALANCED = 15
 PROMPTS, OUTPUTS = Mix("128+2", 128, 2), Mix("32+160", 32, 160)
@@ -62,6 +62,4 @@ def test_layers_leave_the_stage_without_room_when_outputs_get_long(boundary: int
     for decision in late:
         assert decision.chosen is not None
         assert decision.chosen.boundaries > decision.current.split.boundaries
-    statics = {boundary: latency_s(run(boundary)) for boundary in (12, 13, 14, BALANCED)}
-    assert latency_s(result) < 0.96 * statics[BALANCED]
-    assert latency_s(result) < 1.1 * min(statics.values())
+    assert latency_s(result) < 0.9 * latency_s(run(12))  # the best static split of the first kind
