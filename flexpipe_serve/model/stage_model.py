@@ -65,6 +65,8 @@ class StageModel:
         self._norm: torch.Tensor | None = None
         self._head: Linear | None = None
         self._cache: HostCache | None = None
+        self._has_read = False
+        """Whether the checkpoint was read since :meth:`load` began, which leaves much freed memory."""
 
     @property
     def is_native(self) -> bool:
@@ -119,6 +121,7 @@ class StageModel:
             UnsupportedModelError: the checkpoint's weights do not match the architecture.
             ConfigError: a file is missing or damaged.
         """
+        self._has_read = False
         if embedding and self._embedding is None:
             self._load_embedding(between)
         if head and self._head is None:
@@ -129,7 +132,8 @@ class StageModel:
                 self._layers = {**self._layers, layer: self._maker.make(layer, weights)}
                 del weights
                 between()
-        return_freed_memory()
+        if self._has_read:
+            return_freed_memory()
 
     def fill_cache(self, *, between: Callable[[], None]) -> None:
         """Write what is held into the cache, as far as it has room. Goes on where it was when ``between`` raised.
@@ -155,12 +159,14 @@ class StageModel:
 
     def keep(self, layers: Container[int], *, embedding: bool = False, head: bool = False) -> None:
         """Give the memory of everything else back."""
+        before = self.sizes.total
         self._layers = {index: layer for index, layer in self._layers.items() if index in layers}
         if not embedding:
             self._embedding = None
         if not head:
             self._norm = self._head = None
-        return_freed_memory()
+        if self.sizes.total < before:
+            return_freed_memory()
 
     @torch.inference_mode()
     def forward(
@@ -233,6 +239,7 @@ class StageModel:
         self._head = make_linear(packed, kind=self._linear, num_outputs=self._spec.vocab_size)
 
     def _prepare_layer(self, layer: int, between: Callable[[], None]) -> Weights:
+        self._has_read = True
         tensors = self._checkpoint.read_layer(layer, device=self._device, dtype=self._dtype, between=between)
         return self._maker.prepare(layer, tensors, between=between)
 
@@ -262,6 +269,7 @@ class StageModel:
         return self._cache.read(part, device=self._device, huge_pages=huge_pages, between=between)
 
     def _read(self, name: str, between: Callable[[], None]) -> torch.Tensor:
+        self._has_read = True
         return self._checkpoint.read([name], device=self._device, dtype=self._dtype, between=between)[name]
 
 
