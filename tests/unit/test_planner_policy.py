@@ -12,10 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_cases import even_split, make_demand, make_device, make_profile, make_state
 
-from flexpipe_serve.planner.candidates import CandidateMaker, device_choices, stage_counts
 from flexpipe_serve.planner.gate import NUM_AGREEING, expected_demand
 from flexpipe_serve.planner.latency import predict
-from flexpipe_serve.planner.peaks import Peaks
 from flexpipe_serve.planner.policy import Policy, make_policy
 from flexpipe_serve.planner.profile import ModelProfile
 from flexpipe_serve.planner.types import (
@@ -24,7 +22,6 @@ from flexpipe_serve.planner.types import (
     PlannerState,
     PlannerWeights,
     Split,
-    StageDevice,
     Trigger,
     Verdict,
 )
@@ -379,110 +376,3 @@ def test_a_mix_that_shifts_moves_the_cut() -> None:
     before, after = (predict(profile, split, decode_heavy) for split in (for_prefill, for_decode))
     assert after.num_kv_tokens > before.num_kv_tokens
     assert best(for_decode, prefill_heavy).boundaries[0] > for_decode.boundaries[0]
-
-
-def risk_s(peaks: Peaks, *, now: float, max_rate: float = 1.0) -> float:
-    return peaks.risk_s(now=now, work=1.0, max_rate=max_rate, present_rate=3.0, duration_s=20.0, horizon_s=60.0)
-
-
-def test_a_peak_weighs_by_its_height_and_fades() -> None:
-    peaks = Peaks()
-    assert risk_s(peaks, now=0.0) == 0
-    peaks.note(0.0, 2.0)
-    # Twenty seconds at 1 a second beyond capacity, and as long again to work them off.
-    assert risk_s(peaks, now=1.0) == pytest.approx(20 * (20 + 20) / 2, rel=0.15)
-    assert risk_s(peaks, now=600.0) == pytest.approx(risk_s(peaks, now=1.0) / 10)
-    assert risk_s(peaks, now=1.0, max_rate=2.2) == 0
-    peaks.note(300.0, 0.5)
-    assert risk_s(peaks, now=600.0) == pytest.approx(risk_s(peaks, now=1.0) / 10)
-    peaks.note(590.0, 2.0)
-    assert risk_s(peaks, now=600.0) == pytest.approx(risk_s(peaks, now=1.0))
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(0, 1e6), max_size=300))
-def test_peaks_take_little_memory(loads: list[float]) -> None:
-    peaks = Peaks()
-    for second, load in enumerate(loads):
-        peaks.note(float(second), load)
-    kept = [load for _, load in peaks._peaks]
-    assert kept == sorted(set(kept), reverse=True)
-    assert len(kept) <= 1 + math.log(1e6 / 1e-6) / math.log(1.05) or min(kept) < 1e-6
-
-
-# ------------------------------------------------------------------ candidates
-
-
-def devices_like(*computes: str) -> tuple[StageDevice, ...]:
-    return tuple(make_device(i, compute=name) for i, name in enumerate(computes))
-
-
-def test_devices_of_their_own_compute_first_then_the_fast_then_those_in_use() -> None:
-    devices = (
-        make_device(0, compute="a"),
-        make_device(1, compute="a"),
-        make_device(2, compute="b", speed=2.0),
-        make_device(3, compute="c"),
-    )
-    state = make_state(Split(boundaries=(15,), devices=(devices[3], devices[0])), make_demand(1.0), devices=devices)
-    choices = list(device_choices(state, PlannerWeights(max_stages=4)))
-    names = {n: [[d.name for d in c[0]] for c in choices if len(c[0]) == n] for n in (1, 2, 3, 4)}
-    assert names[1][0] == ["device-2"]
-    assert ["device-3", "device-0"] in names[2]  # nothing changes place
-    assert sorted(names[3][0]) == ["device-0", "device-2", "device-3"]
-    assert sorted(names[4][0]) == ["device-0", "device-1", "device-2", "device-3"]
-
-
-def test_one_device_takes_all_stages_and_no_second_pipeline() -> None:
-    state = make_state(even_split(2, shared=True), make_demand(1.0))
-    choices = list(device_choices(state, PlannerWeights(max_stages=3, max_pipelines=2)))
-    assert [[d.name for d in groups[0]] for groups in choices] == [["device-0"] * n for n in (1, 2, 3)]
-    assert all(len(groups) == 1 for groups in choices)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.sampled_from("abcd"), min_size=1, max_size=6), st.integers(1, 6), st.integers(1, 3), st.integers(1, 3)
-)
-def test_pipelines_share_no_compute(computes: list[str], num_stages: int, max_pipelines: int, present: int) -> None:
-    devices = devices_like(*computes)
-    current = Split(
-        boundaries=tuple(range(1, min(present, 3))),
-        devices=tuple(devices[i % len(devices)] for i in range(min(present, 3))),
-    )
-    state = make_state(current, make_demand(1.0), devices=devices)
-    for groups in device_choices(state, PlannerWeights(max_stages=num_stages, max_pipelines=max_pipelines)):
-        used = [{d.compute for d in group} for group in groups]
-        assert sum(map(len, used)) == len(set().union(*used))
-        assert len({len(group) for group in groups}) == 1
-        # Stages stand next to their like: no node is left and entered again.
-        for group in groups:
-            nodes = [d.node for d in group]
-            assert len(dict.fromkeys(nodes)) == 1 + sum(a != b for a, b in pairwise(nodes))
-
-
-@given(st.integers(1, 64), st.integers(1, 64))
-def test_numbers_of_stages_are_a_dozen_or_so_and_have_the_neighbours(max_stages: int, present: int) -> None:
-    counts = stage_counts(max_stages=max_stages, present=present)
-    assert counts == sorted(set(counts))
-    assert set(counts) <= set(range(1, max_stages + 1))
-    assert {1, max_stages} <= set(counts)
-    assert {n for n in (present - 1, present, present + 1) if 1 <= n <= max_stages} <= set(counts)
-    assert len(counts) <= 16
-
-
-def test_candidates_are_kept_until_demand_or_devices_change() -> None:
-    maker = CandidateMaker(WEIGHTS)
-
-    def found(state: PlannerState) -> list[int]:
-        return [id(candidate) for candidate in maker.candidates(CHATTY, state, state.demand)]
-
-    state = make_state(even_split(2), make_demand(1.0), devices=DEVICES)
-    first = found(state)
-    assert found(make_state(even_split(2), make_demand(1.03), devices=DEVICES)) == first
-    # What processes take varies a little all the time.
-    varied = tuple(msgspec.structs.replace(d, overhead_bytes=d.overhead_bytes + 2**20) for d in DEVICES)
-    assert found(msgspec.structs.replace(state, devices=varied)) == first
-    assert found(make_state(even_split(2), make_demand(6.0), devices=DEVICES)) != first
-    assert found(make_state(even_split(2), make_demand(1.0), devices=DEVICES[:3])) != first
-    assert found(make_state(even_split(3), make_demand(1.0), devices=DEVICES)) != first
