@@ -109,16 +109,18 @@ class Gate:
         margin_s = weights.margin * present_total_s
         relieves = present.prediction.utilisation >= 1 > best.prediction.utilisation
         words = describe(best.split, present=present.split)
+        pays = best.gain_s > best.cost_s + margin_s
         numbers = (
-            f"{words} would save {best.gain_s:.3g} s of request latency over {horizon_s:.0f} s, at a cost of"
-            f" {best.cost_s:.3g} s and a margin of {margin_s:.3g} s"
+            f"{words} would save {best.gain_s:.3g} s of request latency over {horizon_s:.0f} s,"
+            f" {'more' if pays else 'not more'} than the {best.cost_s + margin_s:.3g} s that a change must save (its"
+            f" cost of {best.cost_s:.3g} s and a margin of {margin_s:.3g} s)"
         )
         if relieves:
             numbers += (
                 f", and sustain {best.prediction.max_rate:.3g} requests/s instead of"
                 f" {present.prediction.max_rate:.3g}, with {state.demand.rate:.3g} asked for"
             )
-        if not relieves and best.gain_s <= best.cost_s + margin_s:
+        if not relieves and not pays:
             self._agree(state, None)
             return Judgement(Verdict.STAY, numbers)
         num_agreed = self._agree(state, best.split)
