@@ -75,7 +75,7 @@ def launch(tmp_path: Path) -> Iterator[Any]:
 
 def ended(launched: Launch) -> str:
     """What it printed in all; nothing of it is left."""
-    wait_until(launched.has_ended, timeout_s=120, what="the command's end")
+    wait_until(launched.has_ended, timeout_s=240, what="the command's end")
     assert not alive_after(launched.descendants, timeout_s=90)
     assert launched.session is None or not launched.session.exists()
     return str(launched.process.stdout.read())
@@ -131,7 +131,7 @@ def test_interrupted_while_it_starts(launch: Any, serve_config: dict[str, Any]) 
     """At a bad moment: parts of Ray are dead, so that nothing it is asked would be answered."""
     launched = launch(serve_config, port=free_port())
     controller = "ray::ServeController"
-    wait_until(lambda: any(name.startswith(controller) for name in launched.look()), timeout_s=60, what=controller)
+    wait_until(lambda: any(name.startswith(controller) for name in launched.look()), timeout_s=180, what=controller)
     (gcs,) = [process for process in launched.descendants if process.name() == "gcs_server"]
     gcs.kill()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
