@@ -169,13 +169,18 @@ class StageModel:
             return_freed_memory()
 
     @torch.inference_mode()
+    def rotary(self, positions: torch.Tensor) -> Any:
+        """What a step's tokens are rotated by: ``positions`` int64 [num_tokens], place of each in its sequence."""
+        return self._maker.rotary(torch.empty(0, dtype=self._dtype, device=self._device), positions)
+
+    @torch.inference_mode()
     def forward(
         self,
         inputs: torch.Tensor,
         *,
         layers: range,
         is_first: bool,
-        positions: torch.Tensor,
+        rotary: Any,
         plan: Any,
         kv: Mapping[int, torch.Tensor],
     ) -> torch.Tensor:
@@ -185,7 +190,7 @@ class StageModel:
             inputs: token ids int64 [num_tokens] where ``is_first``, else hidden states [num_tokens, hidden_size].
             layers: global indices.
             is_first: begin with the embedding.
-            positions: int64 [num_tokens], place of each token in its sequence.
+            rotary: of :meth:`rotary` for the same tokens.
             plan: of the attention backend, for the same tokens.
             kv: segment of each layer.
 
@@ -196,7 +201,6 @@ class StageModel:
         if is_first:
             assert self._embedding is not None, "the embedding is not loaded"
             hidden = self._embedding.rows(inputs)
-        rotary = self._maker.rotary(hidden, positions)
         if isinstance(plan, NativePlan) and (natives := self._natives(layers)):
             return run_layers(natives, hidden, rotary, kvs=[kv[index] for index in layers], plan=plan)
         context = StepContext(rotary=rotary, attention=self._attention, plan=plan)

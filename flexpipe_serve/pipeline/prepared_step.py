@@ -1,4 +1,4 @@
-"""What of a step a stage can do before the hidden states come: checks, positions, and the plan of the attention.
+"""What of a step a stage can do before the hidden states come: checks, rotary factors, and the plan of the attention.
 
 The Router sends a step to all stages at once, so a stage prepares it while those before compute.
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from flexpipe_serve.pipeline.messages import StepBatch
 
@@ -24,8 +23,8 @@ class PreparedStep:
     batch: StepBatch
     num_blocks: int
     """Committed in the stage's segments when it was."""
-    positions: torch.Tensor | None
-    """int64 [num_tokens], see :func:`positions_of`; None where the step computes nothing."""
+    rotary: Any
+    """Of the stage's model, for :func:`positions_of`; None where the step computes nothing."""
     plan: Any
     """Of the attention backend."""
     seconds: float

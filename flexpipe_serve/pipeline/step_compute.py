@@ -104,7 +104,7 @@ class StepComputer:
             ValueError: the step does not hold together.
         """
         started = time.perf_counter()
-        positions, plan = None, None
+        rotary, plan = None, None
         if batch.header.num_seqs:
             self._check(batch, num_blocks=num_blocks)
             ragged = RaggedBatch(
@@ -113,10 +113,10 @@ class StepComputer:
                 block_tables=batch.block_tables,
                 block_size=self._block_size,
             )
-            positions = torch.from_numpy(positions_of(batch)).to(self.device)
+            rotary = self.model.rotary(torch.from_numpy(positions_of(batch)).to(self.device))
             plan = self._attention.plan(ragged, device=self.device)
         seconds = time.perf_counter() - started
-        return PreparedStep(batch=batch, num_blocks=num_blocks, positions=positions, plan=plan, seconds=seconds)
+        return PreparedStep(batch=batch, num_blocks=num_blocks, rotary=rotary, plan=plan, seconds=seconds)
 
     @torch.inference_mode()
     def run(
@@ -211,12 +211,12 @@ class StepComputer:
     def _forward(
         self, assignment: Assignment, step: PreparedStep, given: Hidden | None, kv: Mapping[int, torch.Tensor]
     ) -> torch.Tensor:
-        assert step.positions is not None, "the step computes nothing"
+        assert step.rotary is not None, "the step computes nothing"
         return self.model.forward(
             given.tensor if given else torch.from_numpy(step.batch.token_ids.astype(np.int64)).to(self.device),
             layers=assignment.layers,
             is_first=assignment.is_first,
-            positions=step.positions,
+            rotary=step.rotary,
             plan=step.plan,
             kv=kv,
         )

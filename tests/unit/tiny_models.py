@@ -164,7 +164,8 @@ class Pipeline:
             block_tables=padded,
             block_size=self.block_size,
         )
-        positions = [range(self._num_computed[s], self._num_computed[s] + len(tokens)) for s, tokens in chunks]
+        spans = [range(self._num_computed[s], self._num_computed[s] + len(tokens)) for s, tokens in chunks]
+        positions = torch.tensor([position for span in spans for position in span], device=self.device)
         plan = self.attention.plan(batch, device=self.device)
         hidden = torch.tensor([token for _, tokens in chunks for token in tokens], device=self.device)
         for stage, layers in self.parts:
@@ -172,7 +173,7 @@ class Pipeline:
                 hidden,
                 layers=layers,
                 is_first=layers.start == 0,
-                positions=torch.tensor([position for span in positions for position in span], device=self.device),
+                rotary=stage.rotary(positions),
                 plan=plan,
                 kv=self._kv,
             )
