@@ -14,7 +14,7 @@ from flexpipe_serve.model.demo import ensure_demo
 from flexpipe_serve.pipeline import background
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _no_rests() -> Iterator[None]:
     """Refactorings of engines in this process load and copy as fast as they can: other tests keep the machine busy, and
     beside a busy machine's own work they would rest most of the time, which is tested by itself."""
