@@ -56,7 +56,7 @@ def test_bench_model(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert at_once["boundaries"] == [2]
     for name in ("ttft_s", "tpot_s", "latency_s"):
         assert timed["measured"][name] > 0
-        predicted = timed["predicted"][name]  # None: by the profile, which knows nothing of this machine, it is too much
+        predicted = timed["predicted"][name]  # None: too much for what the profile says
         error = None if predicted is None else pytest.approx(predicted / timed["measured"][name] - 1)
         assert timed["errors"][name] == error
     assert timed["measured"]["latency_s"] > timed["measured"]["ttft_s"]
