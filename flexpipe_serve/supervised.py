@@ -139,14 +139,10 @@ def _clean_up(folder: str) -> None:
 
 
 def _descendants() -> list[psutil.Process]:
-    """All processes that came of this one and live."""
+    """All processes that came of this one and are there. Zombies too: one that is not reaped may have threads that
+    still hold its files, and their locks."""
     _reap()
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+    return psutil.Process().children(recursive=True)
 
 
 def _prctl(option: int, value: int) -> None:

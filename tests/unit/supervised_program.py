@@ -1,7 +1,8 @@
 """Run as a program: a supervised command that starts processes which heed no signal and write into its folder.
 
 Prints the folder and the processes' ids once all of that runs. What the command then does is its argument: ``serve``
-sleeps, ``crash`` ends by a signal, ``fail`` raises an exception, ``bare`` sleeps and has no orphans.
+sleeps, ``crash`` ends by a signal, ``fail`` raises an exception, ``bare`` sleeps and has no orphans, ``headless`` ends
+and leaves a process whose main thread has ended before its others.
 """
 
 import os
@@ -30,8 +31,22 @@ while True:
     time.sleep(0.0005)
 """
 
+# Its standard error stays open as long as a thread of it lives.
+_HEADLESS = """
+import ctypes, sys, threading, time
+threading.Thread(target=time.sleep, args=(3600,)).start()
+print(flush=True)
+ctypes.CDLL(None).syscall(60)  # exit, of this thread alone
+"""
+
 
 def run(folder: str) -> int:
+    if sys.argv[1] == "headless":
+        process = subprocess.Popen([sys.executable, "-c", _HEADLESS], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        print(folder, process.pid, flush=True)
+        return 0
     pids = [str(os.getpid())]
     for kind, num_processes in (("child", 2), ("orphan", 1)):
         if kind == "orphan" and sys.argv[1] == "bare":

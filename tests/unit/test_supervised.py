@@ -1,6 +1,7 @@
 """Nothing is left of a supervised command, whenever and however it ends."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -92,6 +93,15 @@ def test_a_command_that_ends_by_itself_leaves_nothing_either(start, what, status
     out, err = process.communicate(timeout=END_S)
     assert out == f"{status}\n"
     assert says in err
+    assert_gone(folder, processes)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of a system call")
+def test_a_process_that_seems_a_zombie_is_ended_too(start):
+    """Its threads would go on holding files and locks: a folder in shared memory was left behind."""
+    process = start("headless")
+    folder, processes = begun(process)
+    assert process.communicate(timeout=END_S) == ("0\n", ""), "ends when all ends of the pipe are closed"
     assert_gone(folder, processes)
 
 
