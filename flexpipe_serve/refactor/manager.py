@@ -4,6 +4,7 @@ stages."""
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import uuid
@@ -29,7 +30,15 @@ from flexpipe_serve.refactor.expected import expect_report
 from flexpipe_serve.refactor.feasibility import REFUSED, KVDemand, ModelWeights, StageMemory, plan_refactoring
 from flexpipe_serve.refactor.moves import Move
 from flexpipe_serve.refactor.protocol import Transition
-from flexpipe_serve.refactor.record import Outcome, Phase, RefactorPlan, RefactorRecord, RefactorRequest, StagePlan
+from flexpipe_serve.refactor.record import (
+    Mode,
+    Outcome,
+    Phase,
+    RefactorPlan,
+    RefactorRecord,
+    RefactorRequest,
+    StagePlan,
+)
 
 logger = logging.getLogger(__name__)
 _MAX_RECORDS = 256
@@ -126,7 +135,9 @@ class RefactorManager:
             record=record,
             pipeline=self._pipeline,
             step_loop=self._loop,
-            max_bytes_per_s=request.max_bytes_per_s or self.max_bytes_per_s,
+            # The limit protects steps: where they stop meanwhile, the sooner the better.
+            max_bytes_per_s=request.max_bytes_per_s
+            or (self.max_bytes_per_s if request.mode is Mode.LIVE else math.inf),
             timeout_s=request.timeout_s,
             max_spare=self._max_spare,
             node_of=placed.node_of,
