@@ -255,5 +255,5 @@ def test_bench_refactor(any_served: Served, serve_config: dict[str, Any], longer
     assert trial["record"]["snapshot_bytes"] > 0
     assert trial["window"]["start_s"] < trial["switched_s"] <= trial["window"]["end_s"]
     assert trial["figures"]["gaps_ms"]["count"] > 0
-    assert trial["extra_memory_bytes"] is not None
+    assert "extra_memory_bytes" in trial  # None where the window was shorter than a look at the memory
     assert (section["num_dropped"], section["differences"]) == (0, [])
