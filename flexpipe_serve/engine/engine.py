@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -43,7 +41,6 @@ from flexpipe_serve.refactor.feasibility import ModelWeights
 from flexpipe_serve.refactor.manager import RefactorManager
 from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
 
-logger = logging.getLogger(__name__)
 _MAX_EVENTS = 1000
 
 OnLost = Callable[[str, str], None]
@@ -60,7 +57,7 @@ class Engine:
         placements: where the application's pipelines have stages.
         sign_of_life_s: interval in which stages hear from the Router.
         arrivals: of the schedulers of one fleet, see Scheduler.
-        on_down: called in the control thread when the pipeline cannot serve for a while; requests may be handed over.
+        on_down: see PipelineKeeper.
     """
 
     def __init__(
@@ -84,13 +81,11 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self._metrics = metrics
-        self._pipeline = make_pipeline(self._on_stage_lost)
+        self._pipeline = make_pipeline(lambda name, reason: self._keeper.on_stage_lost(name, reason))
         scheduler = Scheduler(scheduler_config, num_blocks=1, block_size=block_size, arrivals=arrivals)
         self._block_size = block_size
         self._loop = StepLoop(self._pipeline, scheduler, metrics, num_cores=num_cores)
-        self._on_down = on_down
         self._control = ThreadPoolExecutor(1, thread_name_prefix="flexpipe-control")
-        self._stopping = threading.Event()
         self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
         self._placer = StagePlacer(self._pipeline, weights, placements, note=self._note)
         self._refactorings = RefactorManager(
@@ -108,15 +103,18 @@ class Engine:
             control=self._control,
             on_resized=self._after_resizing,
         )
+        self._wanted = WantedLayout(self._pipeline, self._refactorings, start=self._start_refactoring)
         self._keeper = PipelineKeeper(
             self._pipeline,
             self._loop,
+            self._refactorings,
             self._placer,
             control=self._control,
             changing=self.memory.changing,
-            stopping=self._stopping,
             sign_of_life_s=sign_of_life_s,
             on_heard=self._on_heard,
+            on_down=on_down,
+            on_settled=self._wanted.pursue,
             note=self._note,
         )
         self._drainer = Drainer(
@@ -126,7 +124,6 @@ class Engine:
             start_refactoring=self._start_refactoring,
             note=self._note,
         )
-        self._wanted = WantedLayout(self._pipeline, self._refactorings, start=self._start_refactoring)
 
     # ------------------------------------------------------------------ for clients
 
@@ -246,9 +243,14 @@ class Engine:
         return [] if self.is_refactoring else steps
 
     @property
+    def metrics(self) -> EngineMetrics:
+        """What is measured."""
+        return self._metrics
+
+    @property
     def accepts(self) -> bool:
         """Whether requests may come, perhaps to wait until the pipeline is up again."""
-        return not self._stopping.is_set() and self._pipeline.layout is not None
+        return not self._keeper.is_stopping and self._pipeline.layout is not None
 
     @property
     def loop(self) -> StepLoop:
@@ -336,10 +338,9 @@ class Engine:
 
     def stop(self) -> None:
         """End all requests with an error, and all stages. A second time it does nothing."""
-        if self._stopping.is_set():
+        if self._keeper.is_stopping:
             return
-        self._keeper.unavailable = "the server is shutting down."
-        self._stopping.set()
+        self._keeper.stop()
         self._drainer.stop()
         self._refactorings.stop()
         self._loop.stop("the server is shutting down.")
@@ -347,34 +348,6 @@ class Engine:
         self._placer.close()
         self._control.shutdown()
         self._metrics.end()
-
-    def _rebuild(self, layout: Layout, reason: str) -> None:
-        self._keeper.unavailable = reason
-        self._on_down()
-        self._keeper.rebuild(layout, reason)
-        self._refactorings.fill_pool()
-
-    def _on_stage_lost(self, name: str, reason: str) -> None:
-        if self._stopping.is_set():
-            return
-        logger.error("stage %s is lost: %s", name, reason)
-        self._note("stage_lost", f"stage {name!r} was lost: {reason}")
-        self._pipeline.forget(name)
-        if self._refactorings.on_stage_lost(name, reason):
-            return
-        if self._pipeline.layout is not None:  # else its start is under way and fails by itself
-            self._control.submit(self._replace_lost, f"stage {name!r} was lost and is being replaced.")
-
-    def _replace_lost(self, reason: str) -> None:
-        # The layout may have changed since the loss, and that may have replaced the stage.
-        layout = self._pipeline.layout
-        if layout is None or self._refactorings.is_running:
-            return
-        if self._pipeline.is_complete:
-            self._refactorings.fill_pool()
-        else:
-            self._rebuild(layout, reason)
-        self._wanted.pursue()
 
     # ------------------------------------------------------------------ refactorings
 
@@ -392,20 +365,7 @@ class Engine:
         why = f": {record.error}" if record.error else ""
         self._note("refactoring_ended", f"{record.id}: {record.outcome} after {record.seconds:.2f} s{why}.")
         self._metrics.on_refactoring(record)
-        if not self._stopping.is_set():
-            self._control.submit(self._after_refactoring, finish)
-
-    def _after_refactoring(self, finish: Finish) -> None:
-        if self._refactorings.is_running:
-            return
-        if not finish.is_rebuilt or not self._pipeline.is_complete:
-            self._rebuild(finish.layout, "a stage was lost during a refactoring and is being replaced.")
-        else:
-            self._keeper.unavailable = None
-            self._refactorings.fill_pool()
-            with contextlib.suppress(EngineUnavailableError):  # a lost stage is noticed by its watch call
-                self._keeper.refresh()  # or the status would not know the new ones yet
-        self._wanted.pursue()
+        self._keeper.on_refactored(finish)
 
     def _note(self, kind: str, message: str) -> None:
         self._events.append({"time": time.time(), "kind": kind, "message": message})
