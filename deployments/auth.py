@@ -11,13 +11,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flexpipe_serve.deployments.errors import ApiError
 
-_OPEN_PATHS = frozenset({"/health"})
+_OPEN_PATHS = frozenset({"/health", "/ping"})
 
 
 class ApiKeyMiddleware:
     """Refuses (401) what has no ``Authorization: Bearer`` with one of ``api_keys``.
 
-    Load balancers ask for ``/health`` without a key, browsers send OPTIONS without one: both pass.
+    Load balancers ask for ``/health`` or ``/ping`` without a key, browsers send OPTIONS without one: both pass.
     """
 
     def __init__(self, app: ASGIApp, *, api_keys: Sequence[str]) -> None:

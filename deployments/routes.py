@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 from starlette.responses import Response
 
+from flexpipe_serve import __version__
 from flexpipe_serve.deployments.body import decode, read_body
 from flexpipe_serve.deployments.chat import chat
 from flexpipe_serve.deployments.completions import complete
@@ -31,6 +32,7 @@ from flexpipe_serve.deployments.protocol import (
 from flexpipe_serve.deployments.tokenization import detokenize, tokenize
 from flexpipe_serve.deployments.welcome import welcome_page
 from flexpipe_serve.engine.client import EngineClient, ModelCard
+from flexpipe_serve.prometheus_text import CONTENT_TYPE
 
 _GENERATION_ERRORS = (400, 401, 404, 413, 429, 500, 503)
 _BODY_ERRORS = (400, 401, 404, 413, 500, 503)
@@ -102,10 +104,25 @@ async def get_model(request: Request, model_id: str) -> Response:
 
 
 @router.get("/health", tags=["state"], responses=errors(500, 503))
+@router.head("/health", include_in_schema=False)
+@router.get("/ping", include_in_schema=False)  # what some load balancers and hosts ask
+@router.post("/ping", include_in_schema=False)
 async def health(request: Request) -> Response:
     """200 where a request would be served now."""
     await context_of(request).get_engine().check_health()
     return json_response({"status": "ok"})
+
+
+@router.get("/metrics", tags=["state"], responses=errors(401, 500, 503))
+async def metrics(request: Request) -> Response:
+    """What the engine measures, in Prometheus' text format; Ray has the same for its dashboard."""
+    return Response(context_of(request).get_engine().metrics_text(), media_type=CONTENT_TYPE)
+
+
+@router.get("/version", tags=["state"], responses=errors(401, 500))
+async def version() -> Response:
+    """The server's version."""
+    return json_response({"version": __version__})
 
 
 @router.get("/", include_in_schema=False)

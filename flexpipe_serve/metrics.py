@@ -1,4 +1,4 @@
-"""What the engine measures, for Ray's metrics (dashboard, Prometheus) and for ``GET /flexpipe/status``.
+"""What the engine measures, for Ray's metrics (dashboard, Prometheus), ``GET /metrics`` and ``GET /flexpipe/status``.
 
 Ray takes 3 to 10 microseconds a record, so the engine's calls only append to lists; :meth:`EngineMetrics.flush`
 records once a second.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 import threading
+from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flexpipe_serve.prometheus_text import Family, Sample, histogram_samples
 from flexpipe_serve.refactor.record import Outcome
 
 if TYPE_CHECKING:
@@ -95,8 +97,8 @@ class EngineMetrics:
 
     def __init__(self, *, app: str, model: str, pipeline: int = 0, backend: MetricsBackend | None = None) -> None:
         backend = backend or _ray_backend()
-        tags = {"app": app, "model": model, "pipeline": str(pipeline)}
-        self._metrics = {} if backend is None else _create(backend, tags)
+        self._tags = {"app": app, "model": model, "pipeline": str(pipeline)}
+        self._metrics = {} if backend is None else _create(backend, self._tags)
         self._lock = threading.Lock()
         self._last_flush = 0.0
         # Since the last flush.
@@ -105,7 +107,8 @@ class EngineMetrics:
         self._gauges: dict[_Key, float] = {}
         # Since the start.
         self._totals: defaultdict[_Key, float] = defaultdict(int)
-        self._num_observed = dict.fromkeys(_HISTOGRAMS, 0)
+        self._buckets = {name: [0] * (len(bounds) + 1) for name, (_, bounds) in _HISTOGRAMS.items()}
+        self._sums = dict.fromkeys(_HISTOGRAMS, 0.0)
         self._recent = {name: deque[float](maxlen=_NUM_RECENT) for name in _HISTOGRAMS}
         self._shown: dict[_Key, float] = {}
         """Gauges as they stand."""
@@ -220,8 +223,10 @@ class EngineMetrics:
             for key, value in increments.items():
                 self._totals[key] += value
             for name, values in observations.items():
-                self._num_observed[name] += len(values)
                 self._recent[name].extend(values)
+                self._sums[name] += sum(values)
+                for value in values:
+                    self._buckets[name][bisect_left(_HISTOGRAMS[name][1], value)] += 1
         if self._metrics:
             self._record(increments, gauges, observations)
 
@@ -249,7 +254,7 @@ class EngineMetrics:
             for key, value in self._increments.items():
                 totals[key] += value
             recent = {name: [*self._recent[name], *self._observations[name]][-_NUM_RECENT:] for name in _HISTOGRAMS}
-            counts = {name: self._num_observed[name] + len(self._observations[name]) for name in _HISTOGRAMS}
+            counts = {name: sum(self._buckets[name]) + len(self._observations[name]) for name in _HISTOGRAMS}
         counters: dict[str, Any] = {name: {} if tags else 0 for name, (_, tags) in _COUNTERS.items()}
         for (name, *tags), total in totals.items():
             if tags:
@@ -258,6 +263,37 @@ class EngineMetrics:
                 counters[name] = total
         latencies = {name: _summary(counts[name], values) for name, values in recent.items()}
         return {"counters": counters, "latencies": latencies}
+
+    def families(self) -> list[Family]:
+        """All metrics since the start, for Prometheus."""
+        self._flush()
+        with self._lock:
+            families = [
+                Family(
+                    f"flexpipe_{name}_total",
+                    "counter",
+                    description,
+                    self._samples({**({} if tags else {(name,): 0.0}), **self._totals}, name, tags),
+                )
+                for name, (description, tags) in _COUNTERS.items()
+            ]
+            families += [
+                Family(f"flexpipe_{name}", "gauge", description, self._samples(self._shown, name, tags))
+                for name, (description, tags) in _GAUGES.items()
+            ]
+            for name, (description, bounds) in _HISTOGRAMS.items():
+                samples = histogram_samples(
+                    self._tags, bounds=bounds, counts=self._buckets[name], total=self._sums[name]
+                )
+                families.append(Family(f"flexpipe_{name}", "histogram", description, samples))
+        return families
+
+    def _samples(self, values: Mapping[_Key, float], name: str, tags: Sequence[str]) -> list[Sample]:
+        return [
+            Sample({**self._tags, **dict(zip(tags, own, strict=True))}, value)
+            for (other, *own), value in values.items()
+            if other == name
+        ]
 
 
 def _create(backend: MetricsBackend, default_tags: dict[str, str]) -> dict[str, Any]:

@@ -147,6 +147,10 @@ class EngineClient(Protocol):
         """What happened to the pipeline lately, the newest last: each with ``time`` (Unix), ``kind``, ``message``."""
         ...
 
+    def metrics_text(self) -> str:
+        """The body of ``GET /metrics``, for Prometheus."""
+        ...
+
     def plan(self) -> Decision:
         """What the planner would do now; nothing comes of it. Not for the event loop's thread.
 

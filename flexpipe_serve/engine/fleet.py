@@ -31,6 +31,7 @@ from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest, merge_drains
 from flexpipe_serve.planner.calibration import MeasuredStep
 from flexpipe_serve.planner.types import Decision
+from flexpipe_serve.prometheus_text import render
 from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
 
 _MAX_EVENTS = 1000
@@ -186,6 +187,10 @@ class Fleet:
         """See EngineClient.scale."""
         await self.check_health()
         return await asyncio.wrap_future(self._scaling.scale(request))
+
+    def metrics_text(self) -> str:
+        """See EngineClient.metrics_text."""
+        return render(family for engine in self.engines for family in engine.metrics.families())
 
     def plan(self) -> Decision:
         """See EngineClient.plan."""

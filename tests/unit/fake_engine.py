@@ -105,6 +105,9 @@ class FakeEngine(FakeRefactorings, FakeDrains, FakeScaling, FakePlanner):
     def status(self) -> dict[str, Any]:
         return {"epoch": 0, "running": self._num_running}
 
+    def metrics_text(self) -> str:
+        return f"# TYPE running gauge\nrunning {self._num_running}\n"
+
     async def check_health(self) -> None:
         if not self.healthy:
             raise EngineUnavailableError("The pipeline is starting.")

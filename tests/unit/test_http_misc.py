@@ -7,6 +7,8 @@ import pytest
 from fake_engine import FakeEngine
 from http_client import client_of
 
+from flexpipe_serve import __version__
+
 
 async def test_models(client):
     model = {
@@ -27,6 +29,17 @@ async def test_health(client, engine):
     engine.healthy = False
     response = await client.get("/health")
     assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_unavailable")
+
+
+@pytest.mark.parametrize(("method", "path"), [("HEAD", "/health"), ("GET", "/ping"), ("POST", "/ping")])
+async def test_other_ways_to_ask_for_health(client, engine, method, path):
+    assert (await client.request(method, path)).status_code == 200
+    engine.healthy = False
+    assert (await client.request(method, path)).status_code == 503
+
+
+async def test_version(client):
+    assert (await client.get("/version")).json() == {"version": __version__}
 
 
 async def test_status(client):
