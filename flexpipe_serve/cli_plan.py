@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 
@@ -12,15 +11,15 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 
+from flexpipe_serve.cli_console import run_command
 from flexpipe_serve.cli_plan_views import decision_view, replay_view
-from flexpipe_serve.errors import ConfigError, EngineUnavailableError, InvalidRequestError
+from flexpipe_serve.cli_server import server_arguments
+from flexpipe_serve.errors import ConfigError
+from flexpipe_serve.handle import connect
 from flexpipe_serve.planner.types import PlannerWeights
 from flexpipe_serve.planner.wire import to_wire
 from flexpipe_serve.simulate.result import SimulationResult, summarize
 
-_EXPECTED = (ConfigError, EngineUnavailableError, InvalidRequestError, OSError)
-_PLAIN_WIDTH = 200
-"""Of tables that go to a file or a pipe."""
 _DEFAULTS = PlannerWeights()
 
 
@@ -28,11 +27,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     """Add ``plan`` to the parser of ``flexpipe``."""
     parser = commands.add_parser(
         "plan",
+        parents=[server_arguments()],
         help="what the planner would do now and why (nothing is changed); with --replay, over a recorded trace",
-    )
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
-    parser.add_argument(
-        "--api-key", default=os.environ.get("FLEXPIPE_API_KEY"), help="if it wants one (default: $FLEXPIPE_API_KEY)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the decision, or the replay, there as JSON")
     sim = parser.add_argument_group(
@@ -64,23 +60,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def main(args: argparse.Namespace) -> int:
     """Show the present decision, or a replay. Returns the exit status."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_PLAIN_WIDTH)
-    try:
-        if args.replay is None:
-            _show_present(args, console)
-        else:
-            _replay(args, console)
-    except _EXPECTED as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}")
-        return 1
-    return 0
+    return run_command(lambda console: _show_present(args, console) if args.replay is None else _replay(args, console))
 
 
-def _show_present(args: argparse.Namespace, console: Console) -> None:
-    from flexpipe_serve.handle import connect  # Ray takes seconds to import, and a replay needs none
-
+def _show_present(args: argparse.Namespace, console: Console) -> int:
     if args.plot is not None or args.profile is not None:
         raise ConfigError("--plot and --profile go with --replay TRACE; without it the running server is asked.")
     with connect(args.url, api_key=args.api_key) as handle:
@@ -88,9 +71,10 @@ def _show_present(args: argparse.Namespace, console: Console) -> None:
     console.print(decision_view(decision))
     if args.json is not None:
         _write(args.json, msgspec.json.encode(to_wire(decision)))
+    return 0
 
 
-def _replay(args: argparse.Namespace, console: Console) -> None:
+def _replay(args: argparse.Namespace, console: Console) -> int:
     # Only now: every other command would pay for them.
     from flexpipe_serve.bench.arrivals import read_trace
     from flexpipe_serve.model.profile_cache import read_profile
@@ -136,6 +120,7 @@ def _replay(args: argparse.Namespace, console: Console) -> None:
     if args.json is not None:
         _write(args.json, _replay_json(args, result))
         console.print(f"wrote {args.json}", soft_wrap=True)
+    return 0
 
 
 def _replay_json(args: argparse.Namespace, result: SimulationResult) -> bytes:

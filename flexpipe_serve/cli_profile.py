@@ -12,12 +12,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from flexpipe_serve.errors import ConfigError, EngineUnavailableError
+from flexpipe_serve.cli_console import run_command
+from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.model import profile_cache
 from flexpipe_serve.model.source import resolve_source
 from flexpipe_serve.planner.profile import ModelProfile, StepShape
 
-_PLAIN_WIDTH = 120
 _BUSY_SHARE = 0.1
 _LIKELY = (
     ("1 sequence decodes, context 256", StepShape(num_tokens=1, num_samples=1, num_context_tokens=256)),
@@ -51,14 +51,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def main(args: argparse.Namespace) -> int:
     """Measures, or shows what was measured before. Returns the exit status."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_PLAIN_WIDTH)
-    try:
-        profile, file = _profile(args)
-    except (ConfigError, EngineUnavailableError) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}")
-        return 1
+    return run_command(lambda console: _show(args, console))
+
+
+def _show(args: argparse.Namespace, console: Console) -> int:
+    profile, file = _profile(args)
     console.print(profile_view(profile))
     console.print(f"kept in {file}", soft_wrap=True)
     if args.output is not None:

@@ -7,20 +7,9 @@ import os
 from collections.abc import Callable
 
 from rich.console import Console
-from rich.markup import escape
 
-from flexpipe_serve.errors import (
-    ConfigError,
-    EngineUnavailableError,
-    InvalidRequestError,
-    RefactorBusyError,
-    RefactorRefusedError,
-)
+from flexpipe_serve.cli_console import run_command
 from flexpipe_serve.handle import Handle, connect
-
-_EXPECTED = (ConfigError, EngineUnavailableError, InvalidRequestError, RefactorBusyError, RefactorRefusedError)
-_PLAIN_WIDTH = 200
-"""Of tables that go to a file or a pipe."""
 
 
 def server_arguments() -> argparse.ArgumentParser:
@@ -34,21 +23,17 @@ def server_arguments() -> argparse.ArgumentParser:
 
 
 def with_handle(command: Callable[[argparse.Namespace, Handle, Console], int]) -> Callable[[argparse.Namespace], int]:
-    """The command with a handle of the server and a console; errors that a user can cause are shown in a line.
+    """The command with a handle of the server and a console, see run_command.
 
     Returns:
         What to call with the arguments: the exit status.
     """
 
     def run(args: argparse.Namespace) -> int:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=_PLAIN_WIDTH)
-        try:
+        def with_server(console: Console) -> int:
             with connect(args.url, api_key=args.api_key) as handle:
                 return command(args, handle, console)
-        except _EXPECTED as error:
-            Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}")
-            return 1
+
+        return run_command(with_server)
 
     return run
