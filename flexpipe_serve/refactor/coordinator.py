@@ -50,7 +50,7 @@ from flexpipe_serve.refactor.commands import (
     WaitCopied,
 )
 from flexpipe_serve.refactor.protocol import Refactoring, Transition
-from flexpipe_serve.refactor.record import Phase, PhaseTime, RefactorRecord
+from flexpipe_serve.refactor.record import Mode, Phase, PhaseTime, RefactorRecord
 
 logger = logging.getLogger(__name__)
 _ANSWER_S = 60.0
@@ -250,7 +250,10 @@ class Coordinator:
             if move.target == stage
         )
         assignments = self._pipeline.assignments(self._transition.new, self._transition.epoch, {stage: incoming})
-        assignment = replace(assignments[stage], hurry=self._hurry)
+        steps_wait = (
+            self._transition.mode is Mode.SYNC
+        )  # rests would make the stop longer
+        assignment = replace(assignments[stage], hurry=self._hurry or steps_wait)
         return self._pipeline.stage(stage).prepare(assignment, num_blocks=num_blocks, fresh=False)
 
     def _begin_copy(self, source: str, target: str, layers: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""A coordinator that looks for late answers while answers come."""
+"""A coordinator that looks for late answers while answers come; and when stages load without rests."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import time
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
+from flexpipe_serve.pipeline.channel import Endpoint
 from flexpipe_serve.pipeline.layout import make_layout
+from flexpipe_serve.pipeline.stage_types import Assignment
 from flexpipe_serve.refactor.commands import Failed, Pause, Release
 from flexpipe_serve.refactor.coordinator import Coordinator
 from flexpipe_serve.refactor.protocol import Transition
 from flexpipe_serve.refactor.record import Mode
 
 
-def make_coordinator() -> Coordinator:
+def make_coordinator(*, mode: Mode = Mode.LIVE, hurry: bool = False, pipeline: Any = None) -> Coordinator:
     transition = Transition(
         old=make_layout(num_layers=4, boundaries=[2]),
         new=make_layout(num_layers=4, boundaries=[1]),
         old_epoch=1,
         epoch=2,
-        mode=Mode.LIVE,
+        mode=mode,
         copies=(),
         num_blocks=8,
         num_blocks_during=8,
@@ -27,14 +31,14 @@ def make_coordinator() -> Coordinator:
     )
     return Coordinator(
         transition,
-        record=cast(Any, SimpleNamespace()),
-        pipeline=cast(Any, None),
+        record=cast(Any, SimpleNamespace(plan=SimpleNamespace(moves=()))),
+        pipeline=pipeline,
         step_loop=cast(Any, None),
         max_bytes_per_s=1.0,
         timeout_s=60.0,
         max_spare=lambda stage: 0,
         node_of={},
-        hurry=False,
+        hurry=hurry,
         rebuild=lambda layout: 0,
     )
 
@@ -66,3 +70,19 @@ def test_a_command_that_was_answered_is_not_late() -> None:
     deadline.on_look = lambda: coordinator._deadlines.pop(late, None)
     coordinator._deadlines = {late: deadline, answered: time.monotonic() - 1}
     assert coordinator._next_event() == Failed(answered, "no answer in time")
+
+
+@pytest.mark.parametrize(
+    ("mode", "hurry", "expected"),
+    [(Mode.LIVE, False, False), (Mode.LIVE, True, True), (Mode.WEIGHTS_ONLY, False, False), (Mode.SYNC, False, True)],
+)
+def test_stages_load_without_rests_where_steps_wait_for_them(mode: Mode, hurry: bool, expected: bool) -> None:
+    """With a second pipeline on the machine a synchronous refactoring would be stopped by rests for that one's sake."""
+    told: list[bool] = []
+    part = Assignment(epoch=2, start=0, stop=1, is_first=True, is_last=False, next=Endpoint("", ""))
+    pipeline = SimpleNamespace(
+        assignments=lambda *_: {"stage-0": part},
+        stage=lambda _: SimpleNamespace(prepare=lambda assignment, **_: told.append(assignment.hurry)),
+    )
+    make_coordinator(mode=mode, hurry=hurry, pipeline=pipeline)._prepare("stage-0", 8)
+    assert told == [expected]
