@@ -128,6 +128,8 @@ class Fleet:
                 except QueueFullError as error:
                     refused = refused or error
                 except RetiredError:
+                    if engine in self.engines:
+                        raise
                     break  # it was taken away a moment ago: look again
             else:
                 assert refused is not None

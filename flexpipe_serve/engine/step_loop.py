@@ -132,7 +132,7 @@ class StepLoop:
 
         def add() -> None:
             if self._is_retired:
-                raise RetiredError("the pipeline is being taken away.")
+                raise RetiredError("the pipeline is being taken away, or the server shuts down.")
             self.scheduler.add(*stream.sequences)
             self._streams.add(stream)
 
@@ -302,7 +302,7 @@ class StepLoop:
             except Exception:  # thread edge: one bad message must not end all requests
                 logger.exception("the engine loop caught an error")
         self._streams.deliver()
-        self._calls.fail_waits(EngineUnavailableError("the engine has ended."))
+        self._calls.close(RetiredError("the pipeline has ended."))
 
     def _fill_pipeline(self) -> None:
         """Keep as many steps in flight as the pipeline is deep; a sequence is in one at most."""
@@ -388,6 +388,7 @@ class StepLoop:
         self._streams.end(seq, error)
 
     def _end_all(self, reason: str) -> None:
+        self._is_retired = True
         for stream in self._streams.all():
             for seq in stream.sequences:
                 if not stream.texts[seq.index].is_over:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import queue
+import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
@@ -19,30 +20,30 @@ class ThreadCalls:
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._end: Exception | None = None
         # The thread's own.
         self._conditions: list[tuple[Callable[[], bool], Future[None]]] = []
 
     # ------------------------------------------------------------------ for other threads
 
     def call(self, function: Callable[[], _T]) -> Future[_T]:
-        """Have ``function`` called."""
+        """Have ``function`` called. Fails with what it raises, or with the error of :meth:`close`."""
         future: Future[_T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except Exception as error:  # thread edge: the caller gets it
-                future.set_exception(error)
-
-        self._calls.put(run)
+        with self._lock:
+            if self._end is not None:
+                future.set_exception(self._end)
+                return future
+            self._calls.append((future, function))
         self._wake()
         return future
 
     def when(self, condition: Callable[[], bool]) -> Future[None]:
         """Ends when ``condition``, asked in the thread between two steps, is true."""
         future: Future[None] = Future()
-        self.call(lambda: self._conditions.append((condition, future)))
+        added = self.call(lambda: self._conditions.append((condition, future)))
+        added.add_done_callback(lambda added: future.set_exception(error) if (error := added.exception()) else None)
         return future
 
     # ------------------------------------------------------------------ for the thread itself
@@ -50,7 +51,7 @@ class ThreadCalls:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to call."""
-        return self._calls.empty()
+        return not self._calls
 
     @property
     def num_waiting(self) -> int:
@@ -59,8 +60,12 @@ class ThreadCalls:
 
     def run(self) -> None:
         """Call what is to be called."""
-        while not self._calls.empty():
-            self._calls.get()()
+        while self._calls:
+            future, function = self._calls.popleft()
+            try:
+                future.set_result(function())
+            except Exception as error:  # thread edge: the caller gets it
+                future.set_exception(error)
 
     def check(self) -> None:
         """End the waits whose conditions are true."""
@@ -72,6 +77,15 @@ class ThreadCalls:
                 future.set_result(None)
             else:
                 self._conditions.append((condition, future))
+
+    def close(self, error: Exception) -> None:
+        """The thread ends: nothing is called any more, and nobody waits for it."""
+        with self._lock:
+            self._end = error
+            calls, self._calls = self._calls, deque()
+        for future, _ in calls:
+            future.set_exception(error)
+        self.fail_waits(error)
 
     def fail_waits(self, error: Exception) -> None:
         """Make an end of every wait."""

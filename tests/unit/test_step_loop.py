@@ -17,7 +17,7 @@ from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scheduler import Scheduler
 from flexpipe_serve.engine.scheduler_config import SchedulerConfig
-from flexpipe_serve.engine.step_loop import StepLoop
+from flexpipe_serve.engine.step_loop import RetiredError, StepLoop
 from flexpipe_serve.engine.stream import RequestStream, SequenceText, make_stream
 from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.metrics import EngineMetrics
@@ -182,3 +182,21 @@ async def test_conditions_are_asked_between_steps_and_fail_at_a_rebuild(
     with pytest.raises(EngineUnavailableError, match="rebuilt meanwhile"):
         never.result(WAIT_S)
     await asyncio.wrap_future(loop.abort(stream))
+
+
+async def test_a_loop_that_has_ended_keeps_nobody_waiting(loop: StepLoop, link: Link, backend: Tokenizer) -> None:
+    """A request may be on its way to a pipeline that is taken away at this moment."""
+    waiting = loop.when(lambda: False)
+    loop.stop("the test is over.")
+    for late in (waiting, loop.when(lambda: True), loop.call(lambda: 7)):
+        with pytest.raises(RetiredError):
+            late.result(WAIT_S)
+    with pytest.raises(RetiredError):
+        await asyncio.wait_for(add(loop, backend), WAIT_S)
+
+
+async def test_a_request_behind_the_end_of_all_is_refused(loop: StepLoop, backend: Tokenizer) -> None:
+    """Taken in before the thread ends, nobody would ever end it."""
+    loop.call(lambda: loop._end_all("the test is over.")).result(WAIT_S)
+    with pytest.raises(RetiredError):
+        await asyncio.wait_for(add(loop, backend), WAIT_S)
