@@ -250,9 +250,7 @@ class Coordinator:
             if move.target == stage
         )
         assignments = self._pipeline.assignments(self._transition.new, self._transition.epoch, {stage: incoming})
-        steps_wait = (
-            self._transition.mode is Mode.SYNC
-        )  # rests would make the stop longer
+        steps_wait = self._transition.mode is Mode.SYNC  # rests would make the stop longer
         assignment = replace(assignments[stage], hurry=self._hurry or steps_wait)
         return self._pipeline.stage(stage).prepare(assignment, num_blocks=num_blocks, fresh=False)
 
