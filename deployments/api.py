@@ -10,11 +10,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from flexpipe_serve import __version__
-from flexpipe_serve.deployments import admin, draining, planning, routes
+from flexpipe_serve.deployments import admin, configuring, draining, planning, routes
 from flexpipe_serve.deployments.auth import ApiKeyMiddleware
 from flexpipe_serve.deployments.context import ApiContext
 from flexpipe_serve.deployments.errors import FORESEEN, ApiError, as_api_error
 from flexpipe_serve.deployments.limits import HttpLimits
+from flexpipe_serve.deployments.live_config import LiveConfig
 from flexpipe_serve.deployments.openapi import publish_schemas
 from flexpipe_serve.deployments.request_id import RequestIdMiddleware
 from flexpipe_serve.engine.client import EngineClient
@@ -24,6 +25,7 @@ def create_app(
     get_engine: Callable[[], EngineClient],
     *,
     get_limits: Callable[[], HttpLimits] = HttpLimits,
+    config: LiveConfig | None = None,
     api_keys: Sequence[str] = (),
 ) -> FastAPI:
     """The application.
@@ -31,6 +33,7 @@ def create_app(
     Args:
         get_engine: called for every request; may raise EngineUnavailableError.
         get_limits: called for every request, so limits can change live.
+        config: what ``/flexpipe/config`` shows and changes; None: nothing.
         api_keys: accepted bearer tokens; empty: no authentication.
     """
     app = FastAPI(
@@ -39,11 +42,12 @@ def create_app(
         version=__version__,
         redirect_slashes=False,
     )
-    app.state.context = ApiContext(get_engine=get_engine, get_limits=get_limits)
+    app.state.context = ApiContext(get_engine=get_engine, get_limits=get_limits, config=config)
     app.include_router(routes.router)
     app.include_router(admin.router)
     app.include_router(planning.router)
     app.include_router(draining.router)
+    app.include_router(configuring.router)
     publish_schemas(app)
     for kind in FORESEEN:
         app.add_exception_handler(kind, _answer_error)

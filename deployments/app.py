@@ -19,12 +19,15 @@ from flexpipe_serve.config import ServeArgs, UserConfig, parse
 from flexpipe_serve.deployments.api import create_app
 from flexpipe_serve.deployments.asgi_call import call
 from flexpipe_serve.deployments.limits import HttpLimits
+from flexpipe_serve.deployments.live_config import ROUTER
+from flexpipe_serve.deployments.served_config import ServedConfig
 from flexpipe_serve.engine.assemble import layout_of, make_engine_maker, model_name
 from flexpipe_serve.engine.fleet import Fleet
 from flexpipe_serve.errors import ConfigError, EngineUnavailableError
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.model.source import ModelSpec
 from flexpipe_serve.pipeline.channel import CurveKeys
+from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.pipeline.ray_host import RayStageHost
 from flexpipe_serve.transport import Head
 
@@ -34,7 +37,7 @@ _SWITCH_INTERVAL_S = 0.0005
 
 
 @serve.deployment(
-    name="Router",
+    name=ROUTER,
     num_replicas=1,
     max_ongoing_requests=10_000,  # the scheduler's own queue is the bound: it answers 429
     graceful_shutdown_timeout_s=15,
@@ -56,13 +59,14 @@ class Router:
         self._args = parse(ServeArgs, args)
         self._api_keys = _resolve_keys(self._args.api_keys)
         self._spec: ModelSpec | None = None
-        self._user_config = UserConfig()
+        self._config = ServedConfig(serve.get_replica_context().app_name, check=self._check)
         # Whoever reaches the replica through Ray may do anything, so no keys are asked for.
-        self._app_for_handles = create_app(self._get_fleet, get_limits=self._get_limits)
+        self._app_for_handles = create_app(self._get_fleet, get_limits=self._get_limits, config=self._config)
         self._layout_change: Future[None] | None = None
+        self._is_layout_refused = False
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self._get_fleet, get_limits=self._get_limits, api_keys=self._api_keys)
+        return create_app(self._get_fleet, get_limits=self._get_limits, config=self._config, api_keys=self._api_keys)
 
     async def request(self, method: str, path: str, body: bytes) -> AsyncGenerator[Head | bytes]:
         """What the HTTP API answers, for handles: its status and headers, then its body in pieces."""
@@ -78,7 +82,7 @@ class Router:
         if self._fleet is None:
             config = parse(UserConfig, user_config)
             await asyncio.to_thread(self._start, config)
-            self._user_config = config
+            self._config.in_force = config
             return
         try:
             self._change(parse(UserConfig, user_config))
@@ -121,13 +125,15 @@ class Router:
 
     def _change(self, config: UserConfig) -> None:
         assert self._fleet is not None
-        assert self._spec is not None
-        layout = layout_of(config.layout, num_layers=self._spec.num_layers)
+        layout = self._check(config)
         self._fleet.config_error = None
-        former, self._user_config = self._user_config, config
+        former, self._config.in_force = self._config.in_force, config
         _set_limits(self._fleet, config)
-        if config.planner.mode == "on" and (config.layout, config.pipelines) == (former.layout, former.pipelines):
-            return  # the planner may have left that long ago
+        is_same = (config.layout, config.pipelines) == (former.layout, former.pipelines)
+        is_handed_back = former.planner.mode == "on" != config.planner.mode
+        if is_same and not is_handed_back and not self._is_layout_refused:
+            return  # a refactoring asked for, or the planner, may have left that long ago
+        self._is_layout_refused = False
         # Not awaited: while layers move, the next user_config must be able to come through.
         self._layout_change = self._fleet.set_layout(layout, num_pipelines=config.pipelines)
         self._layout_change.add_done_callback(self._on_layout_changed)
@@ -137,7 +143,14 @@ class Router:
             return  # a later one took its place, and the status is about that
         error = change.exception()
         if error is not None:
+            self._is_layout_refused = True
             self._refuse(error)
+
+    def _check(self, config: UserConfig) -> Layout:
+        """The layout asked for. Raises ConfigError where the model cannot be cut like that."""
+        if self._spec is None:
+            raise EngineUnavailableError("The model is still being loaded.")
+        return layout_of(config.layout, num_layers=self._spec.num_layers)
 
     def _refuse(self, error: BaseException) -> None:
         assert self._fleet is not None
@@ -150,7 +163,7 @@ class Router:
         return self._fleet
 
     def _get_limits(self) -> HttpLimits:
-        limits = self._user_config.limits
+        limits = self._config.in_force.limits
         return HttpLimits(max_body_bytes=limits.max_body, max_prompt_tokens=limits.max_prompt_tokens)
 
 

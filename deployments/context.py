@@ -11,15 +11,17 @@ from fastapi import Request
 from starlette.responses import Response
 
 from flexpipe_serve.deployments.limits import HttpLimits
+from flexpipe_serve.deployments.live_config import LiveConfig
 from flexpipe_serve.engine.client import EngineClient
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApiContext:
-    """What the routes find in ``app.state.context``; both are called for every request."""
+    """What the routes find in ``app.state.context``; the functions are called for every request."""
 
     get_engine: Callable[[], EngineClient]
     get_limits: Callable[[], HttpLimits]
+    config: LiveConfig | None
 
 
 def context_of(request: Request) -> ApiContext:

@@ -202,7 +202,7 @@ class PlannerConfig(_Strict):
     mode: Literal["off", "observe", "on"] = Field(
         "off",
         description="'observe' records what 'on' would do. GET /flexpipe/plan answers in every mode. Switched on, the"
-        " planner goes by what it sees from then on.",
+        " planner goes by what it sees from then on; switched off, the split is the configured one again.",
     )
     policy: Literal["gated", "flexpipe"] = Field(
         "gated",
@@ -223,11 +223,20 @@ class PlannerConfig(_Strict):
         0.3, ge=0, le=1, description="Of the most nodes needed at once within a day, which is never given back."
     )
 
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _words_of_yaml(cls, mode: object) -> object:
+        """An unquoted ``on`` or ``off`` is a boolean in YAML 1.1."""
+        return ("on" if mode else "off") if isinstance(mode, bool) else mode
+
 
 class UserConfig(_Strict):
     """``user_config`` of the Router deployment: ``serve deploy`` applies a change to the running replica."""
 
-    layout: LayoutConfig = Field(default_factory=lambda: LayoutConfig(stages=2), description="The split.")
+    layout: LayoutConfig = Field(
+        default_factory=lambda: LayoutConfig(stages=2),
+        description="The split. It is brought about when it changes here; one that was asked for otherwise stays.",
+    )
     pipelines: int = Field(
         1,
         ge=1,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import re
 import socket
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import yaml
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from flexpipe_serve.config import ServeArgs, UserConfig, parse
+from flexpipe_serve.deployments.live_config import ROUTER
 from flexpipe_serve.engine.assemble import layout_of, model_name
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.local_clusters import FOLDER_PREFIX
@@ -28,13 +30,24 @@ if TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
 
 DEFAULT_PORT = 8000
+_USUAL_CONFIG = Path("serve_config.yaml")
+_NO_CONFIG = {
+    "proxy_location": "HeadOnly",
+    "applications": [
+        {"name": "flexpipe", "route_prefix": "/", "import_path": "flexpipe_serve.deployments.app:build"},
+    ],
+}
 _READY_S = 600.0
 _POLL_S = 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``flexpipe serve``."""
-    parser.add_argument("config", nargs="?", default="serve_config.yaml", type=Path, help="Serve configuration")
+    parser.add_argument(
+        "config", nargs="?", type=Path, help=f"Serve configuration (default: {_USUAL_CONFIG} where it is there)"
+    )
+    parser.add_argument("--model", metavar="SOURCE", help="demo, a folder, or a hub id, instead of the configuration's")
+    parser.add_argument("--stages", type=int, metavar="N", help="to begin with, instead of the configuration's layout")
     parser.add_argument("--port", type=int, help="HTTP port (default: the configuration's, or 8000)")
     parser.add_argument("--host", help="HTTP address (default: the configuration's, or 127.0.0.1)")
 
@@ -61,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace, folder: str, console: Console, *, started: float) -> None:
     """Raises ConfigError, or does not return."""
     prepare_environment(folder)
-    config = _read_config(args.config)
+    config = _read_config(args)
     http = config.http_options
     http.port = args.port or http.port
     http.host = args.host or http.host
@@ -80,31 +93,57 @@ def _serve(args: argparse.Namespace, folder: str, console: Console, *, started: 
         time.sleep(3600)
 
 
-def _read_config(path: Path) -> ServeDeploySchema:
+def _read_config(args: argparse.Namespace) -> ServeDeploySchema:
     from ray.serve.schema import ServeDeploySchema  # only now: it reads the environment when it is imported
 
+    path: Path = args.config or _USUAL_CONFIG
+    content = copy.deepcopy(_NO_CONFIG) if args.config is None and not path.exists() else _read_yaml(path)
+    content["http_options"] = {"host": "127.0.0.1", "port": DEFAULT_PORT, **(content.get("http_options") or {})}
+    try:
+        config = ServeDeploySchema(**content)
+    except ValidationError as error:
+        reasons = (f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ConfigError(f"{path}: {_one_line('; '.join(reasons))}") from None
+    _change(config, args)
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {_one_line(error)}") from None
     if not isinstance(config, dict) or not isinstance(config.get("applications"), list):
         raise ConfigError(f"{path} has no list 'applications'; see serve_config.yaml of the project.")
-    config["http_options"] = {"host": "127.0.0.1", "port": DEFAULT_PORT, **(config.get("http_options") or {})}
-    try:
-        return ServeDeploySchema(**config)
-    except ValidationError as error:
-        reasons = (f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise ConfigError(f"{path}: {_one_line('; '.join(reasons))}") from None
+    return config
+
+
+def _change(config: ServeDeploySchema, args: argparse.Namespace) -> None:
+    """What the command line says counts more than the configuration."""
+    from flexpipe_serve.deployments.served_config import deployment_of, user_config_of  # imports Serve
+
+    if args.model is None and args.stages is None:
+        return
+    if len(config.applications) != 1:
+        raise ConfigError("--model and --stages are for a configuration of one application; write them into it.")
+    (app,) = config.applications
+    if args.model is not None:
+        app.args = {**app.args, "model": {"source": args.model}}  # name and limits there are another model's
+    if args.stages is not None:
+        router = deployment_of(app, ROUTER)
+        router.user_config = {**user_config_of(router), "layout": {"stages": args.stages}}
 
 
 def _prepare(config: ServeDeploySchema) -> str:
     """What needs no cluster: check the configuration, fetch the model. Returns the model's name."""
+    from flexpipe_serve.deployments.served_config import user_config_of  # imports Serve
+
     name = ""
     for app in config.applications:
         args = parse(ServeArgs, app.args)
         spec = load_spec(resolve_source(args.model.source), max_model_len=args.model.max_model_len)
         for deployment in app.deployments:
-            user_config = parse(UserConfig, deployment.user_config or None)
+            user_config = parse(UserConfig, user_config_of(deployment))
             layout_of(user_config.layout, num_layers=spec.num_layers)
         name = name or model_name(args)
     return name
