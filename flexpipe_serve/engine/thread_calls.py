@@ -29,7 +29,8 @@ class ThreadCalls:
     # ------------------------------------------------------------------ for other threads
 
     def call(self, function: Callable[[], _T]) -> Future[_T]:
-        """Have ``function`` called. Fails with what it raises, or with the error of :meth:`close`."""
+        """Have ``function`` called, unless the future is cancelled before; it fails with what ``function`` raises, or
+        with the error of :meth:`close`."""
         future: Future[_T] = Future()
         with self._lock:
             if self._end is not None:
@@ -62,6 +63,8 @@ class ThreadCalls:
         """Call what is to be called."""
         while self._calls:
             future, function = self._calls.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue  # who asked has left meanwhile
             try:
                 future.set_result(function())
             except Exception as error:  # thread edge: the caller gets it
@@ -84,7 +87,8 @@ class ThreadCalls:
             self._end = error
             calls, self._calls = self._calls, deque()
         for future, _ in calls:
-            future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
         self.fail_waits(error)
 
     def fail_waits(self, error: Exception) -> None:
