@@ -10,8 +10,8 @@ from typing import Any
 from ray.serve.context import _get_global_client
 from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
-from flexpipe_serve.config import UserConfig, parse
-from flexpipe_serve.deployments.live_config import ROUTER, merge
+from flexpipe_serve.config import UserConfig, merge, parse
+from flexpipe_serve.deployments.live_config import ROUTER
 from flexpipe_serve.errors import ConfigError, EngineUnavailableError
 
 _TAKEN_S = 30.0

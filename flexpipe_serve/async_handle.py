@@ -262,6 +262,23 @@ class AsyncHandle:
         """What happened lately, the newest last: each has ``time`` (Unix), ``kind`` and ``message``."""
         return (await self.call("GET", "/flexpipe/events", _List[dict[str, Any]])).data
 
+    async def config(self) -> dict[str, Any]:
+        """The ``user_config`` in force, with the defaults of what is not set."""
+        return await self.call("GET", "/flexpipe/config", dict[str, Any])
+
+    async def configure(self, **sections: Any) -> dict[str, Any]:
+        """Change some keys of the ``user_config``, such as ``planner={"mode": "on"}``; None: the default.
+
+        Serve keeps the change, so the next Router has it too, until a ``serve deploy`` sets what its file says.
+
+        Returns:
+            All of it, which is in force then; a layout takes its time, and the status tells if it cannot be had.
+
+        Raises:
+            InvalidRequestError: it is wrong, and nothing was changed.
+        """
+        return await self.call("PATCH", "/flexpipe/config", dict[str, Any], sections)
+
     async def generate(self, prompt: str | Sequence[int], **sampling: Any) -> str:
         """The text after a prompt.
 

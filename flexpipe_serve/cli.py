@@ -10,7 +10,7 @@ from flexpipe_serve import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. Returns the exit status."""
-    from flexpipe_serve import cli_admin, cli_drain, cli_plan, cli_profile, launch
+    from flexpipe_serve import cli_admin, cli_config, cli_drain, cli_plan, cli_profile, launch
     from flexpipe_serve.bench import adapt as bench_adapt
     from flexpipe_serve.bench import mix_shift as bench_mix_shift
     from flexpipe_serve.bench import model as bench_model
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch.add_arguments(serve)
     serve.set_defaults(run=launch.main)
     cli_admin.add_commands(commands)
+    cli_config.add_command(commands)
     cli_drain.add_command(commands)
     cli_plan.add_command(commands)
     cli_profile.add_command(commands)

@@ -6,6 +6,7 @@ Unknown keys are refused with the nearest known one; every field is described.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -255,6 +256,8 @@ class UserConfig(_Strict):
 
 
 _Config = TypeVar("_Config", bound=_Strict)
+_ALTERNATIVES = ("layout",)
+"""Sections whose keys exclude each other: given anew, nothing of the former stays."""
 
 
 def parse(kind: type[_Config], data: dict[str, Any] | None) -> _Config:
@@ -267,3 +270,21 @@ def parse(kind: type[_Config], data: dict[str, Any] | None) -> _Config:
             path = ".".join(str(part) for part in item["loc"] if part not in (_ONE, _BY_NAME)) or kind.__name__
             lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}")
         raise ConfigError("configuration: " + "; ".join(lines)) from None
+
+
+def merge(former: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with some of its keys changed; neither is checked.
+
+    Args:
+        former: the one before.
+        changes: sections with the keys that change, the others stay; None: the default. A layout is given as a whole.
+    """
+    merged = dict(former)
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key not in _ALTERNATIVES:
+            value = merge(merged[key], value)
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = value
+    return merged

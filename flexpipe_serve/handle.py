@@ -149,6 +149,14 @@ class Handle:
         """See AsyncHandle.events."""
         return self._loop.run(self._inner.events())
 
+    def config(self) -> dict[str, Any]:
+        """See AsyncHandle.config."""
+        return self._loop.run(self._inner.config())
+
+    def configure(self, **sections: Any) -> dict[str, Any]:
+        """See AsyncHandle.configure."""
+        return self._loop.run(self._inner.configure(**sections))
+
     def generate(self, prompt: str | Sequence[int], **sampling: Any) -> str:
         """See AsyncHandle.generate."""
         return self._loop.run(self._inner.generate(prompt, **sampling))

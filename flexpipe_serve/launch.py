@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 8000
 _USUAL_CONFIG = Path("serve_config.yaml")
-_NO_CONFIG = {
+_NO_CONFIG: dict[str, Any] = {
     "proxy_location": "HeadOnly",
     "applications": [
         {"name": "flexpipe", "route_prefix": "/", "import_path": "flexpipe_serve.deployments.app:build"},

@@ -65,6 +65,11 @@ def supervised(run: Callable[[str], int], *, prefix: str) -> int | None:
         _clean_up(folder)
 
 
+def end_with_parent() -> None:
+    """Have this process get a SIGTERM when the thread that started it has ended, however that comes."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _ignore_interrupts() -> None:
     for number in _INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
@@ -103,7 +108,7 @@ def _be_child(run: Callable[[str], int], folder: str, supervisor: int) -> None:
         for number in _INTERRUPTS:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
         os.setsid()
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent()
         if os.getppid() == supervisor:  # else it died before it could be waited for
             status = run(folder)
     except SystemExit as end:

@@ -19,7 +19,9 @@ import httpx
 import psutil
 import yaml
 
+from flexpipe_serve.config import merge
 from flexpipe_serve.errors import ConfigError
+from flexpipe_serve.supervised import end_with_parent
 
 _COMMAND = "import sys; from flexpipe_serve.cli import main; sys.exit(main(sys.argv[1:]))"
 _READY_S = 300.0
@@ -42,16 +44,15 @@ def read_config(path: Path) -> dict[str, Any]:
 def adapt_config(
     config: Mapping[str, Any], *, args: Mapping[str, Any], user_config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A copy of a Serve configuration with other ``args`` and another ``user_config``: mappings are merged one level
-    deep, everything else is replaced."""
+    """A copy of a Serve configuration with other ``args`` and another ``user_config``, see :func:`merge`."""
     adapted: dict[str, Any] = copy.deepcopy(dict(config))
     app = adapted["applications"][0]
-    app["args"] = _merge(app.get("args") or {}, args)
+    app["args"] = merge(app.get("args") or {}, args)
     deployments = app.setdefault("deployments", [])
     if not any(each.get("name") == "Router" for each in deployments):
         deployments.append({"name": "Router"})
     router = router_of(adapted)
-    router["user_config"] = _merge(router.get("user_config") or {}, user_config)
+    router["user_config"] = merge(router.get("user_config") or {}, user_config)
     return adapted
 
 
@@ -60,16 +61,6 @@ def router_of(config: Mapping[str, Any]) -> dict[str, Any]:
     (app,) = config["applications"]
     router: dict[str, Any] = next(each for each in app["deployments"] if each["name"] == "Router")
     return router
-
-
-def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    # A layout has exactly one of its keys, so it is replaced as a whole.
-    return dict(old) | {
-        key: {**old[key], **value}
-        if key != "layout" and isinstance(value, Mapping) and isinstance(old.get(key), Mapping)
-        else value
-        for key, value in new.items()
-    }
 
 
 @contextlib.contextmanager
@@ -95,7 +86,7 @@ def running_server(config: Mapping[str, Any], *, log: Path) -> Iterator[str]:
                 stderr=output,
                 # Ctrl-C at the terminal is for the benchmark, which ends its server itself.
                 start_new_session=True,
-                preexec_fn=_heed_interrupts,
+                preexec_fn=_prepare_child,
             )
         try:
             url = f"http://127.0.0.1:{port}"
@@ -182,9 +173,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _heed_interrupts() -> None:
+def _prepare_child() -> None:
     # Started in the background, a shell has us ignore interrupts, and a child would inherit that.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent()  # a benchmark that is killed, as by timeout(1), ends no server itself
 
 
 def default_log() -> Path:

@@ -166,6 +166,12 @@ class Served:
         running = [r for r in replicas if r["state"] == "RUNNING"]
         return running[0] if len(running) == 1 else None
 
+    def user_config(self) -> dict[str, Any]:
+        """The ``user_config`` that Serve has for the Router, as it was given."""
+        answer = httpx.get(f"{self.dashboard}/api/serve/applications/", timeout=90).json()
+        ((deployment,),) = (app["deployed_app_config"]["deployments"] for app in answer["applications"].values())
+        return dict(deployment["user_config"])
+
     # ------------------------------------------------------------------ processes and files
 
     def processes(self) -> list[psutil.Process]:

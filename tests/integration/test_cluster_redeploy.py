@@ -11,6 +11,10 @@ import psutil
 import pytest
 from served import Served, alive_after, shared_folder, wait_until
 
+import flexpipe_serve
+from flexpipe_serve.config import UserConfig
+from flexpipe_serve.errors import InvalidRequestError
+
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
@@ -59,6 +63,28 @@ def test_a_wrong_user_config_is_refused_and_the_replica_goes_on(
     assert served.complete("Once upon a time", num_tokens=30) == expected
     assert wait_until(served.replica, timeout_s=90, what="the replica")["pid"] == router["pid"]
     assert served.deploy(serve_config, until=lambda s: s["config_error"] is None)["epoch"] == before["epoch"]
+
+
+def test_a_change_through_a_handle_is_kept_by_serve(served: Served, serve_config: dict[str, Any]) -> None:
+    router = wait_until(served.replica, timeout_s=90, what="the replica")
+    with flexpipe_serve.connect(served.base_url) as handle:
+        assert handle.refactor(stages=1).wait(60).outcome == "done"
+        changed = handle.configure(planner={"mode": "observe"}, limits={"max_prompt_tokens": 10})
+        assert (changed["planner"]["mode"], changed["limits"]["max_prompt_tokens"]) == ("observe", 10)
+        with pytest.raises(InvalidRequestError, match="10"):
+            handle.generate([5] * 11, max_tokens=1)
+        with pytest.raises(InvalidRequestError, match="99 stages for 4 layers"):
+            handle.configure(layout={"stages": 99})
+        replica = wait_until(served.replica, timeout_s=90, what="the replica")
+        assert (replica["pid"], replica["replica_id"]) == (router["pid"], router["replica_id"])
+        kept = served.user_config()
+        assert (kept["layout"], kept["planner"], kept["limits"]) == (
+            {"stages": 2}, {"mode": "observe"}, {"max_prompt_tokens": 10},
+        )  # fmt: skip
+        assert handle.status()["layout"]["num_stages"] == 1, "a split that was asked for stays with the rest"
+        assert handle.configure(planner=None, limits=None) == UserConfig().model_dump(mode="json")
+        assert handle.refactor(stages=2).wait(60).outcome == "done"
+    assert served.user_config() == serve_config["applications"][0]["deployments"][0]["user_config"]
 
 
 def weight_bytes(status: dict[str, Any]) -> list[int]:
