@@ -25,6 +25,8 @@ from flexpipe_serve.planner.types import (
 
 _FINE = 8
 """More stages than this are looked at with one choice of devices and in wide steps."""
+_LEVEL_STEP = 1.4
+"""From one level of KV to the next."""
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 _CLOSE = 1.25
 """Times that differ by less than this factor ask for the same cuts."""
@@ -238,40 +240,50 @@ def _in_order(devices: list[StageDevice], present: dict[str, int]) -> tuple[Stag
 
 
 def _cuts(
-    profile: ModelProfile, devices: tuple[StageDevice, ...], shape: StepShape, levels: tuple[int, ...]
+    profile: ModelProfile, devices: tuple[StageDevice, ...], shape: StepShape, levels: tuple[int, int, int]
 ) -> Iterator[tuple[int, ...]]:
-    """The fastest cuts with room for each level of KV; where the highest does not fit the one with the most room, and
-    one between that and the fastest.
+    """The fastest cuts with room for ever more KV, up to the one with the most room: how much room is worth how much
+    speed is for the latency model to say. Of many stages only those for the levels given.
 
     Args:
-        levels: tokens of KV, rising.
+        levels: tokens of KV, rising; the first is the least there must be, the last is always enough.
     """
-    fitting = 0
-    for level in levels:
+    least, _, most = levels
+    ladder = set(levels)
+    if len(devices) <= _FINE:
+        ladder.update(int(least * _LEVEL_STEP**i) for i in range(math.ceil(math.log(most / least, _LEVEL_STEP))))
+    room = 0
+    for level in sorted(ladder):
+        if level <= room:
+            continue  # the last cut is the fastest with so much room too
         boundaries = best_boundaries(profile, devices, shape, num_kv_tokens=level)
         if boundaries is None:
-            break
-        fitting = level
-        yield boundaries
-        room = StepTimes(profile, Split(boundaries=boundaries, devices=devices)).num_kv_tokens
-        if room >= levels[-1]:
+            if room and len(devices) <= _FINE:
+                yield from _roomiest(profile, devices, shape, room=room, beyond=level)
             return
-    if not fitting or len(devices) > _FINE:
-        return
-    fastest_room, roomiest = room, None
-    while level > 1.05 * fitting:
-        middle = (fitting + level) // 2
+        room = StepTimes(profile, Split(boundaries=boundaries, devices=devices)).num_kv_tokens
+        yield boundaries
+
+
+def _roomiest(
+    profile: ModelProfile, devices: tuple[StageDevice, ...], shape: StepShape, *, room: int, beyond: int
+) -> Iterator[tuple[int, ...]]:
+    """The fastest cut with the most room, within 5 %; nothing where that is hardly more than ``room``.
+
+    Args:
+        room: tokens of KV that some cut has.
+        beyond: more than any has.
+    """
+    roomiest = None
+    while beyond > 1.05 * room:
+        middle = (room + beyond) // 2
         boundaries = best_boundaries(profile, devices, shape, num_kv_tokens=middle)
         if boundaries is None:
-            level = middle
+            beyond = middle
         else:
-            fitting, roomiest = middle, boundaries
-    if roomiest is None:
-        return
-    yield roomiest
-    between = best_boundaries(profile, devices, shape, num_kv_tokens=int(math.sqrt(fastest_room * fitting)))
-    assert between is not None, "the roomiest cut has the room"
-    yield between
+            room, roomiest = middle, boundaries
+    if roomiest is not None:
+        yield roomiest
 
 
 def refusal(candidate: Candidate, state: PlannerState, demand: Demand, *, present: Candidate) -> str | None:

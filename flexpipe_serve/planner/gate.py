@@ -27,6 +27,8 @@ NUM_AGREEING = 3
 """Decisions in a row that must have the same winner."""
 _LOOK_AHEAD_S = 30.0
 """A rate goes on changing as it does for so long at most."""
+_CLEARLY_MORE = 1.1
+"""Requests a second in units of others'; predictions err by nearly as much."""
 _SHARE_AFTER_GROWTH = 1 / 3
 """Of the cool-down."""
 _ROUNDING = 1.04
@@ -70,9 +72,9 @@ class Judgement(NamedTuple):
 class Gate:
     """Remembers who won lately, and which way the pipeline changed last.
 
-    A split beyond its capacity is left for one within it whatever the margin says, and also within the cool-down;
-    where the last change was for more capacity already a part of it is waited, so that this one shows its effect. Where
-    there is a queue already, agreement is not waited for.
+    A split beyond its capacity is left for one within it that sustains clearly more, whatever share of the latency that
+    saves, and also within the cool-down; where the last change was for more capacity already a part of it is waited, so
+    that this one shows its effect. Where there is a queue already, agreement is not waited for.
     """
 
     def __init__(self, weights: PlannerWeights) -> None:
@@ -85,6 +87,15 @@ class Gate:
     def note_change(self, *, grew: bool) -> None:
         """The split in force is another one than before."""
         self._grew = grew
+
+    @staticmethod
+    def relieves(present: CandidateScore, best: CandidateScore) -> bool:
+        """Whether ``best`` is a way out of saturation: it sustains what is asked for, which the present split does not,
+        and clearly more than that."""
+        return (
+            present.prediction.utilisation >= 1 > best.prediction.utilisation
+            and best.prediction.max_rate > _CLEARLY_MORE * present.prediction.max_rate
+        )
 
     def judge(
         self,
@@ -107,7 +118,7 @@ class Gate:
             self._agree(state, None)
             return Judgement(Verdict.STAY, "nothing else would be faster")
         margin_s = weights.margin * present_total_s
-        relieves = present.prediction.utilisation >= 1 > best.prediction.utilisation
+        relieves = self.relieves(present, best)
         words = describe(best.split, present=present.split)
         pays = best.gain_s > best.cost_s + margin_s
         numbers = (

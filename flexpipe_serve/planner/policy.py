@@ -88,11 +88,8 @@ class GatedPolicy:
                 better.add(candidate.place)
         if state.trigger is not Trigger.ASKED:
             self._better_since = {place: self._better_since.get(place, state.now) for place in better}
-        is_saturated = current.prediction.utilisation >= 1
         # A way out of saturation comes before what saves more and is saturated too.
-        scores.sort(
-            key=lambda s: (s.refused is None, is_saturated and s.prediction.utilisation < 1, s.score), reverse=True
-        )
+        scores.sort(key=lambda s: (s.refused is None, self._gate.relieves(current, s), s.score), reverse=True)
         chosen = None
         if demand.rate <= 0:
             why = "nobody asks for anything"
@@ -127,13 +124,17 @@ class GatedPolicy:
         saved_s = present.latency_s - self._latency_s(model)
         num_requests = demand.rate * max(0.0, self._horizon_s(candidate.place, state.now) - duration_s)
         gain_s = num_requests * saved_s
+        refused = refusal(candidate, state, demand, present=present.candidate)
+        if refused is None and model.utilisation >= 1 > present.model.utilisation:
+            # What saves latency over the horizon costs ever more beyond it.
+            refused = f"sustains {model.max_rate:.3g} requests/s, but {demand.rate:.3g} are asked for"
         score = CandidateScore(
             split=candidate.split,
             prediction=model.predict(),
             score=gain_s - cost_s,
             gain_s=gain_s,
             cost_s=cost_s,
-            refused=refusal(candidate, state, demand, present=present.candidate),
+            refused=refused,
         )
         return score, saved_s
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from planner_cases import even_split, make_demand, make_device, make_profile, make_state
 
 from flexpipe_serve.planner.candidates import CandidateMaker, device_choices, stage_counts
+from flexpipe_serve.planner.latency import predict
 from flexpipe_serve.planner.types import (
     PlannerState,
     PlannerWeights,
@@ -95,3 +96,30 @@ def test_candidates_are_kept_until_demand_or_devices_change() -> None:
     assert found(make_state(even_split(2), make_demand(6.0), devices=DEVICES)) != first
     assert found(make_state(even_split(2), make_demand(1.0), devices=DEVICES[:3])) != first
     assert found(make_state(even_split(3), make_demand(1.0), devices=DEVICES)) != first
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(10, 20),
+    st.integers(1, 4),
+    st.sampled_from([0.3, 0.5, 0.8]),
+    st.sampled_from([(128, 2), (96, 4), (64, 64), (32, 160), (256, 256)]),
+)
+def test_where_room_is_scarce_some_candidate_sustains_as_much_as_any_cut(
+    low: int, num_fitting: int, speed: float, lengths: tuple[int, int]
+) -> None:
+    """The fast stage has room for few requests from layer ``low`` on, the slow one for all."""
+    prompt_tokens, output_tokens = lengths
+    num_layers = CHATTY.num_layers - low
+    kv_bytes = num_layers * CHATTY.kv_bytes_per_token * num_fitting * (prompt_tokens + output_tokens)
+    fast = msgspec.structs.replace(
+        make_device(1), memory_bytes=CHATTY.stage_bytes(low, 30) + kv_bytes + make_device(1).overhead_bytes
+    )
+    devices = (make_device(0, speed=speed), fast)
+    demand = make_demand(0.5, prompt_tokens=prompt_tokens, output_tokens=output_tokens, num_running=20)
+    state = make_state(Split(boundaries=(low,), devices=devices), demand, devices=devices)
+    found = CandidateMaker(msgspec.structs.replace(WEIGHTS, max_stages=2)).candidates(CHATTY, state, demand)
+    best = max(c.under(demand).max_rate for c in found if c.split.devices == devices)
+    every = [Split(boundaries=(boundary,), devices=devices) for boundary in range(low, 30)]
+    assert best >= 0.93 * max(predict(CHATTY, split, demand).max_rate for split in every)
+    assert len(found) < 40

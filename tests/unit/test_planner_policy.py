@@ -357,12 +357,15 @@ def test_a_mix_that_shifts_moves_the_cut() -> None:
     weights = PlannerWeights(max_stages=2, margin=0.02)
 
     def best(current: Split, demand: Demand) -> Split:
-        policy = make_policy("gated", weights)
-        state = make_state(current, demand, devices=(fast, slow))
-        chosen = None
-        for _ in range(NUM_AGREEING):
-            chosen = policy.decide(profile, state).chosen or chosen
-        return chosen or current
+        """Where it comes to rest: the first steps on the way may be cheap ones."""
+        chosen: Split | None = current
+        while chosen is not None:
+            current = chosen
+            policy = make_policy("gated", weights)
+            state = make_state(current, demand, devices=(fast, slow))
+            chosens = [policy.decide(profile, state).chosen for _ in range(NUM_AGREEING)]
+            chosen = next(filter(None, chosens), None)
+        return current
 
     start = Split(boundaries=(13,), devices=(fast, slow))
     prefill_heavy = make_demand(0.8, prompt_tokens=512, output_tokens=8)
