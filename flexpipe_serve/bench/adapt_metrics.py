@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,6 +19,9 @@ RECOVERY_FACTOR = 1.2
 """It ends with one that is within this."""
 TOLERANCE = 1.02
 """An adaptive policy may be so much slower than the best static layout."""
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""97.5 % quantiles of Student's t, by degrees of freedom from 1 on; beyond the last it is taken, which is a little too
+wide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +242,42 @@ def assess(
 
 
 @dataclass(frozen=True, slots=True)
+class Paired:
+    """How much longer requests took than the same ones under another variant in the same repetition, as a share of the
+    latter's latency.
+
+    Args:
+        mean: over repetitions; below 0 they were faster.
+        low: end of the 95 % confidence interval (Student's t over repetitions); None with a single one.
+        high: its other end.
+        num_repeats: repetitions.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    num_repeats: int
+
+    @classmethod
+    def of(cls, repeats: Sequence[Sequence[tuple[float, float]]]) -> Paired | None:
+        """From the latencies of each request, its own and the other's, by repetition; None where there are none.
+
+        Requests of one repetition wait for each other and so are no independent samples: repetitions are.
+        """
+        shares = [
+            sum(own - other for own, other in pairs) / sum(other for _, other in pairs) for pairs in repeats if pairs
+        ]
+        if not shares:
+            return None
+        mean, num_repeats = float(np.mean(shares)), len(shares)
+        if num_repeats == 1:
+            return cls(mean, None, None, num_repeats)
+        quantile = _STUDENT[min(num_repeats - 1, len(_STUDENT)) - 1]
+        half = quantile * float(np.std(shares, ddof=1)) / math.sqrt(num_repeats)
+        return cls(mean, mean - half, mean + half, num_repeats)
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """An adaptive policy against the best static layout, which is known only in hindsight.
 
@@ -249,6 +289,9 @@ class Verdict:
         ratio: of the medians; below 1 the policy is faster.
         limit: the ratio that is allowed: 2 % more, or the slowest repeat of the static layout where that is more.
         by_static: the ratio against each static layout.
+        paired: request by request against the best static layout.
+        same_as: the static layout that the policy began with and never left, so that both ran in the same
+            configuration and differ by the machine's noise alone; None where it moved.
     """
 
     policy: str
@@ -258,15 +301,24 @@ class Verdict:
     ratio: float
     limit: float
     by_static: dict[str, float]
+    paired: Paired | None
+    same_as: str | None
 
     @property
     def is_met(self) -> bool:
-        """Whether it is no slower than allowed."""
-        return self.ratio <= self.limit
+        """Whether it is no slower than allowed, or is the best static layout itself."""
+        return self.ratio <= self.limit or self.same_as == self.best
 
 
-def judge(policy: str, policy_ms: Spread, static_ms: dict[str, Spread]) -> Verdict:
-    """The verdict on mean latencies; ``static_ms`` has at least one layout."""
+def judge(
+    policy: str,
+    policy_ms: Spread,
+    static_ms: dict[str, Spread],
+    *,
+    paired: Mapping[str, Paired | None],
+    same_as: str | None,
+) -> Verdict:
+    """The verdict on mean latencies; ``static_ms`` has at least one layout, ``paired`` the same ones."""
     best = min(static_ms, key=lambda name: static_ms[name].median)
     best_ms = static_ms[best]
     return Verdict(
@@ -277,4 +329,6 @@ def judge(policy: str, policy_ms: Spread, static_ms: dict[str, Spread]) -> Verdi
         ratio=policy_ms.median / best_ms.median,
         limit=max(TOLERANCE, best_ms.high / best_ms.median),
         by_static={name: policy_ms.median / spread.median for name, spread in static_ms.items()},
+        paired=paired[best],
+        same_as=same_as,
     )

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from flexpipe_serve.bench.adapt_metrics import Alone, Figures, Judged, Verdict, assess, baseline_of, judge
+from flexpipe_serve.bench.adapt_metrics import Alone, Figures, Judged, Paired, Verdict, assess, baseline_of, judge
 from flexpipe_serve.bench.adapt_run import AdaptRun
 from flexpipe_serve.bench.adapt_trace import WorkloadFacts
 from flexpipe_serve.bench.arrivals import Arrival
@@ -111,11 +111,34 @@ class TraceResult:
             for name, figures in self.figures().items()
             if (spread := Spread.of(each.latency_ms.mean for each in figures)) is not None
         }
-        is_static = {run.variant.name: run.variant.is_static for run in self.runs}
-        statics = {name: spread for name, spread in means.items() if is_static[name]}
+        first = {name: self.runs_of(name)[0].variant for name in means}
+        statics = {name: spread for name, spread in means.items() if first[name].is_static}
         if not statics:
             return []
-        return [judge(name, spread, statics) for name, spread in means.items() if not is_static[name]]
+        found = []
+        for name, spread in means.items():
+            if first[name].is_static:
+                continue
+            has_moved = any(run.records for run in self.runs_of(name))
+            same = [other for other in statics if first[other].boundaries == first[name].boundaries]
+            paired = {other: Paired.of(self._pairs(name, other)) for other in statics}
+            found.append(
+                judge(name, spread, statics, paired=paired, same_as=same[0] if same and not has_moved else None)
+            )
+        return found
+
+    def _pairs(self, name: str, other: str) -> list[list[tuple[float, float]]]:
+        """Latencies of each request that both variants answered, by repetition."""
+        runs = {run.repeat: run for run in self.runs_of(other)}
+        return [
+            [
+                (mine.latency_s, its.latency_s)
+                for mine, its in zip(self.judged(run), self.judged(runs[run.repeat]), strict=True)
+                if mine.request.error is None and its.request.error is None
+            ]
+            for run in self.runs_of(name)
+            if run.repeat in runs
+        ]
 
 
 def render(result: TraceResult) -> Group:
@@ -157,23 +180,41 @@ def verdict_line(result: TraceResult, verdict: Verdict) -> str:
     if result.published is not None:
         against += f"; FlexPipe's paper has {result.published:+.1%} against static AlpaServe, on 82 GPUs"
     color, word = ("green", "no worse") if verdict.is_met else ("red", "WORSE")
+    said = f"is {word} than the best static layout in hindsight"
+    if verdict.same_as == verdict.best:
+        said = f"never moved: same layout as {verdict.best} throughout, the best static one; they differ by chance"
+    elif verdict.same_as is not None:
+        said = f"never moved: same layout as {verdict.same_as} throughout; it {said}"
     return (
-        f"[{color}]{escape(result.name)}: {verdict.policy} is {word} than the best static layout in hindsight:"
+        f"[{color}]{escape(result.name)}: {verdict.policy} {said}:"
         f" mean {verdict.policy_ms.median:.0f} ms against {verdict.best_ms.median:.0f} ms"
         f" \\[{verdict.best_ms.low:.0f}-{verdict.best_ms.high:.0f}] of {verdict.best}, ratio {verdict.ratio:.3f},"
-        f" allowed {verdict.limit:.3f}[/] ({against})"
+        f" allowed {verdict.limit:.3f}; request by request {paired_text(verdict.paired)}[/] ({against})"
     )
+
+
+def paired_text(paired: Paired | None) -> str:
+    """Per cent with the confidence interval."""
+    if paired is None:
+        return "-"
+    interval = "" if paired.low is None else f" \\[{paired.low:+.1%} to {paired.high:+.1%}]"
+    return f"{paired.mean:+.1%}{interval}"
 
 
 def overview(results: Sequence[TraceResult]) -> Table:
     """All traces: each policy's mean latency against that of the static layout that turned out best."""
     table = Table(
-        title="mean latency against the best static layout in hindsight; median \\[range] over repeats",
+        title="mean latency against the best static layout in hindsight; median \\[range] over repeats, and request by"
+        " request with its 95 % confidence interval",
         box=box.SIMPLE_HEAD,
         title_justify="left",
     )
-    for heading in ("trace", "best static", "ms", "policy", "ms", "difference", "allowed", "switches", "devices × s"):
-        table.add_column(heading, justify="left" if heading in ("trace", "best static", "policy") else "right")
+    left = ("trace", "best static", "policy", "same as")
+    for heading in (
+        "trace", "best static", "ms", "policy", "ms", "difference", "allowed", "by request", "switches", "same as",
+        "devices × s",
+    ):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in left else "right")
     for result in results:
         figures = result.figures()
         for verdict in result.verdicts():
@@ -187,7 +228,9 @@ def overview(results: Sequence[TraceResult]) -> Table:
                 spread_text(verdict.policy_ms, digits=0),
                 f"[{color}]{verdict.ratio - 1:+.1%}[/]",
                 f"{verdict.limit - 1:+.1%}",
+                paired_text(verdict.paired),
                 spread_text(Spread.of(each.num_switches for each in own), digits=0),
+                verdict.same_as or "-",
                 spread_text(Spread.of(each.device_s for each in own), digits=0),
             )
     return table

@@ -117,7 +117,9 @@ def test_the_report_says_who_was_faster(result: TraceResult) -> None:
     assert (verdict.policy, verdict.best, verdict.is_met) == ("gated", "balanced", True)
     assert verdict.ratio == 0.5
     text = rendered(adapt_report.render(result))
-    assert "gated is no worse than the best static layout in hindsight: mean 500 ms against 1000 ms" in text
+    assert "gated never moved: same layout as balanced throughout, the best static one" in text
+    assert "mean 500 ms against 1000 ms" in text
+    assert "request by request -50.0% [-50.0% to -50.0%]" in text
     assert "shift [a]" in text
     assert "-50.0% against balanced, -75.0% against static 1)" in text
     result.published = -0.383
@@ -127,7 +129,10 @@ def test_the_report_says_who_was_faster(result: TraceResult) -> None:
 def test_the_overview_has_a_line_for_each_policy_of_each_trace(result: TraceResult) -> None:
     lines = rendered(adapt_report.overview([result, replace(result, name="other")])).splitlines()
     (line,) = [line for line in lines if "other" in line]
-    assert line.split() == ["other", "balanced", "1000", "gated", "500", "-50.0%", "+2.0%", "0", "8"]
+    assert line.split() == [
+        "other", "balanced", "1000", "gated", "500", "-50.0%", "+2.0%", "-50.0%", "[-50.0%", "to", "-50.0%]", "0",
+        "balanced", "8",
+    ]  # fmt: skip
     assert sum("gated" in line for line in lines) == 2
 
 
@@ -185,6 +190,6 @@ async def test_answers_are_compared_with_the_first_ones(result: TraceResult) -> 
 
 
 def rendered(what: object) -> str:
-    console = Console(width=250, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 - it is nothing
+    console = Console(width=400, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 - it is nothing
     console.print(what)
     return console.export_text()
