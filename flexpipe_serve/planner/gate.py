@@ -27,6 +27,8 @@ NUM_AGREEING = 3
 """Decisions in a row that must have the same winner."""
 _LOOK_AHEAD_S = 30.0
 """A rate goes on changing as it does for so long at most."""
+_LEAST_OF_MARGIN = 0.3
+"""Its share for what predictions are wrong by however long they say the same."""
 _CLEARLY_MORE = 1.1
 """Requests a second in units of others'; predictions err by nearly as much."""
 _SHARE_AFTER_GROWTH = 1 / 3
@@ -105,6 +107,7 @@ class Gate:
         *,
         horizon_s: float,
         present_total_s: float,
+        better_for_s: float,
     ) -> Judgement:
         """Whether to go from ``present`` to ``best``, and why.
 
@@ -112,12 +115,15 @@ class Gate:
             best: None where nothing is better.
             horizon_s: over which its gain is counted.
             present_total_s: latency of all requests over the horizon, if nothing changes.
+            better_for_s: since when its like has been better: what demand does by chance does not last, so less of a
+                margin is needed.
         """
         weights = self._weights
         if best is None:
             self._agree(state, None)
             return Judgement(Verdict.STAY, "nothing else would be faster")
-        margin_s = weights.margin * present_total_s
+        by_chance = 1 / math.sqrt(1 + better_for_s / weights.horizon_s)
+        margin_s = weights.margin * max(_LEAST_OF_MARGIN, by_chance) * present_total_s
         relieves = self.relieves(present, best)
         words = describe(best.split, present=present.split)
         pays = best.gain_s > best.cost_s + margin_s

@@ -97,9 +97,16 @@ class GatedPolicy:
             why = f"{demand.num_arrived} requests so far tell too little"
         else:
             best = scores[0] if scores[0] is not current else None
-            horizon_s = self._horizon_s(split_key(scores[0].split)[1:], state.now)
-            total_s = present.latency_s * demand.rate * horizon_s
-            verdict, why = self._gate.judge(state, current, best, horizon_s=horizon_s, present_total_s=total_s)
+            place = split_key(scores[0].split)[1:]
+            horizon_s = self._horizon_s(place, state.now)
+            verdict, why = self._gate.judge(
+                state,
+                current,
+                best,
+                horizon_s=horizon_s,
+                present_total_s=present.latency_s * demand.rate * horizon_s,
+                better_for_s=self._better_for_s(place, state.now),
+            )
             if verdict is Verdict.MOVE:
                 chosen = scores[0].split
         return make_decision("gated", state, current=current, candidates=scores, chosen=chosen, why=why)
@@ -142,7 +149,10 @@ class GatedPolicy:
         """What has been better for some time is taken to stay so for as long again: a change that takes longer than the
         horizon may pay all the same."""
         horizon_s = self._weights.horizon_s
-        return min(max(horizon_s, now - self._better_since.get(place, now)), _LONGEST * horizon_s)
+        return min(max(horizon_s, self._better_for_s(place, now)), _LONGEST * horizon_s)
+
+    def _better_for_s(self, place: tuple[object, ...], now: float) -> float:
+        return now - self._better_since.get(place, now)
 
     def _latency_s(self, model: SplitModel) -> float:
         return min(model.latency_over(self._weights.horizon_s), _NEVER * self._weights.horizon_s)

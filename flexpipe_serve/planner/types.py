@@ -168,7 +168,7 @@ class PlannerWeights(msgspec.Struct, frozen=True, kw_only=True):
     horizon_s: float = 60.0
     """The gain is counted over so long."""
     margin: float = 0.1
-    """The gain must exceed the cost by this share of the present latency over the horizon."""
+    """The gain must exceed the cost by this share of the present latency over the horizon; by less where it lasts."""
     cool_down_s: float = 30.0
     """After a change."""
     max_stages: int = 4

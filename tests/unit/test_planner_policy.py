@@ -149,6 +149,19 @@ def test_a_small_gain_is_not_worth_it() -> None:
         assert {d.verdict for d in decisions} == {Verdict.STAY}
 
 
+def test_a_small_gain_that_lasts_is_taken_in_time_and_a_tiny_one_never() -> None:
+    state = make_state(even_split(3), make_demand(0.3), devices=DEVICES)
+    first = gated().decide(CHATTY, state)
+    best = first.candidates[0]
+    share = best.gain_s / (first.current.prediction.latency_s * 0.3 * WEIGHTS.horizon_s)
+    for factor, is_taken in ((0.9, True), (2.0, True), (4.0, False)):
+        policy = gated(msgspec.structs.replace(WEIGHTS, margin=factor * share))
+        changes = follow(policy, [0.3] * 600, current=even_split(3))
+        assert bool(changes) == is_taken
+        if changes:
+            assert (changes[0][0] < 60) == (factor < 1)
+
+
 def test_a_winner_must_win_several_times_in_a_row() -> None:
     policy = gated()
     calm = make_state(even_split(3), make_demand(0.3), devices=DEVICES)
