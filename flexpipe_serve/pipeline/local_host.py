@@ -64,8 +64,8 @@ class LocalStage:
     def prepare(self, assignment: Assignment, *, num_blocks: int, fresh: bool) -> Future[StageReport]:
         return self._call(lambda: self.core.prepare(assignment, num_blocks=num_blocks, fresh=fresh))
 
-    def resize_kv(self, num_blocks: int) -> Future[None]:
-        return self._call(lambda: self.core.resize_kv(num_blocks))
+    def resize_kv(self, num_blocks: int, *, fresh: bool = False) -> Future[None]:
+        return self._call(lambda: self.core.resize_kv(num_blocks, fresh=fresh))
 
     def wait_copied(self, epoch: int, *, through_step: int, timeout_s: float) -> Future[None]:
         return self._call(lambda: self.core.wait_copied(epoch, through_step=through_step, timeout_s=timeout_s))

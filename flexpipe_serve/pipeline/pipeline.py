@@ -115,7 +115,7 @@ class Pipeline:
             {n: self._stages[n].prepare(a, num_blocks=0, fresh=True) for n, a in assignments.items()}, _START_S
         )
         num_blocks = count_blocks(layout, reports, budgets=self.budgets, budget=self.budget)
-        self._gather({n: self._stages[n].resize_kv(num_blocks) for n in layout.stages}, _START_S)
+        self._gather({n: self._stages[n].resize_kv(num_blocks, fresh=True) for n in layout.stages}, _START_S)
         route = self.connect(layout)
         for old in list(self._routes):
             self.drop_route(old)

@@ -68,8 +68,8 @@ class ProcessStage:
     def prepare(self, assignment: Assignment, *, num_blocks: int, fresh: bool) -> Future[StageReport]:
         return self._call("prepare", assignment, num_blocks=num_blocks, fresh=fresh)
 
-    def resize_kv(self, num_blocks: int) -> Future[None]:
-        return self._call("resize_kv", num_blocks)
+    def resize_kv(self, num_blocks: int, *, fresh: bool = False) -> Future[None]:
+        return self._call("resize_kv", num_blocks, fresh=fresh)
 
     def wait_copied(self, epoch: int, *, through_step: int, timeout_s: float) -> Future[None]:
         return self._call("wait_copied", epoch, through_step=through_step, timeout_s=timeout_s)

@@ -64,10 +64,10 @@ class StageActor:
             return self._stage.prepare(assignment, num_blocks=num_blocks, fresh=fresh)
 
     @ray.method(concurrency_group="change")  # type: ignore[untyped-decorator]
-    def resize_kv(self, num_blocks: int) -> None:
+    def resize_kv(self, num_blocks: int, *, fresh: bool) -> None:
         """See StageHandle.resize_kv."""
         with self._contact():
-            self._stage.resize_kv(num_blocks)
+            self._stage.resize_kv(num_blocks, fresh=fresh)
 
     @ray.method(concurrency_group="change")  # type: ignore[untyped-decorator]
     def release(self, epoch: int) -> StageReport:
@@ -185,8 +185,8 @@ class RayStage:
     def prepare(self, assignment: Assignment, *, num_blocks: int, fresh: bool) -> Future[StageReport]:
         return self._future(self._actor.prepare.remote(assignment, num_blocks=num_blocks, fresh=fresh))
 
-    def resize_kv(self, num_blocks: int) -> Future[None]:
-        return self._future(self._actor.resize_kv.remote(num_blocks))
+    def resize_kv(self, num_blocks: int, *, fresh: bool = False) -> Future[None]:
+        return self._future(self._actor.resize_kv.remote(num_blocks, fresh=fresh))
 
     def wait_copied(self, epoch: int, *, through_step: int, timeout_s: float) -> Future[None]:
         return self._future(self._actor.wait_copied.remote(epoch, through_step=through_step, timeout_s=timeout_s))

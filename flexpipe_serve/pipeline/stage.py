@@ -108,17 +108,19 @@ class Stage:
         self._filler.fill()
         return self.report()
 
-    def resize_kv(self, num_blocks: int) -> None:
+    def resize_kv(self, num_blocks: int, *, fresh: bool = False) -> None:
         """See StageHandle.resize_kv.
 
         Raises:
             KVMemoryError: the memory cannot be had; all is as before.
         """
         with self._changing:
-            if self._device.type == "cpu":
-                gently(lambda pace: self._kv.resize(num_blocks, between=pace), folder=self._folder.path)
-            else:  # the tensors are made anew, so no step may run
+            if self._device.type != "cpu":  # the tensors are made anew, so no step may run
                 self._loop.call(lambda: self._kv.resize(num_blocks, between=lambda: None))
+            elif fresh:
+                in_background(lambda: self._kv.resize(num_blocks, between=lambda: None))
+            else:
+                gently(lambda pace: self._kv.resize(num_blocks, between=pace), folder=self._folder.path)
 
     def wait_copied(self, epoch: int, *, through_step: int, timeout_s: float) -> None:
         """See StageHandle.wait_copied.

@@ -156,8 +156,12 @@ class StageHandle(Protocol):
         """
         ...
 
-    def resize_kv(self, num_blocks: int) -> Future[None]:
-        """Have exactly ``num_blocks`` blocks in every segment. Fails with KVMemoryError; then all is as before."""
+    def resize_kv(self, num_blocks: int, *, fresh: bool = False) -> Future[None]:
+        """Have exactly ``num_blocks`` blocks in every segment. Fails with KVMemoryError; then all is as before.
+
+        Args:
+            fresh: as for ``prepare``.
+        """
         ...
 
     def wait_copied(self, epoch: int, *, through_step: int, timeout_s: float) -> Future[None]:

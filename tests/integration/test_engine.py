@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from tiny_models import make_checkpoint
 from flexpipe_serve.engine.engine import Engine
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.errors import InvalidRequestError, QueueFullError
+from flexpipe_serve.pipeline import stage as stage_module
 from flexpipe_serve.pipeline.local_host import LocalStageHost
 
 NUM_STAGES = 2
@@ -116,6 +117,24 @@ def test_a_lost_stage_is_replaced_and_its_sequences_replayed(engine: Engine, hos
 
     assert asyncio.run(run()) == expected
     assert engine.status()["epoch"] == 2
+
+
+def test_a_lost_stage_is_replaced_without_rests(
+    engine: Engine, host: LocalStageHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its requests wait for it. Beside another pipeline on the machine, rests took most of a minute."""
+    rested: list[Path] = []
+
+    def gently(work: Callable[[Callable[[], None]], object], *, folder: Path) -> None:
+        rested.append(folder)
+        work(lambda: None)
+
+    monkeypatch.setattr(stage_module, "gently", gently)
+    expected = generate_all(engine, [prompt_of(5)], greedy(3))
+    engine._pipeline.stage("stage-1").stop()
+    assert generate_all(engine, [prompt_of(5)], greedy(3)) == expected
+    assert [event["kind"] for event in engine.events()] == ["stage_lost", "rebuilt"]
+    assert not rested
 
 
 def test_another_layout_keeps_every_request(engine: Engine) -> None:

@@ -58,7 +58,7 @@ class SlowStage:
     def prepare(self, assignment: Assignment, *, num_blocks: int, fresh: bool) -> Future[StageReport]:
         raise NotImplementedError
 
-    def resize_kv(self, num_blocks: int) -> Future[None]:
+    def resize_kv(self, num_blocks: int, *, fresh: bool = False) -> Future[None]:
         raise NotImplementedError
 
     def wait_copied(self, epoch: int, *, through_step: int, timeout_s: float) -> Future[None]:
