@@ -8,11 +8,14 @@ from flexpipe_serve.engine.sequence_pool import SequencePool, rank
 
 Row = tuple[Sequence, int]
 """A sequence of a step, and how many of its tokens are computed."""
+_LONG_CONTEXT = 2048
+"""Tokens from which on attention, which grows with them, is what a chunk of a prompt takes."""
 
 
 class RowChoice:
     """Decodes first, then chunks of prompts already begun, then new sequences, within one token budget. A sequence
-    whose last step failed goes alone.
+    whose last step failed goes alone. While others run, chunks behind a long context are smaller, so that their steps
+    take no longer: the others wait for each.
 
     Args:
         pool: whose sequences it admits, and makes room for.
@@ -85,7 +88,7 @@ class RowChoice:
         for seq in decodes + prefills:
             if budget == 0:
                 break
-            num_new = seq.max_chunk(budget)
+            num_new = self._chunk(seq, budget)
             budget -= num_new
             rows.append((seq, num_new))
         return rows
@@ -99,9 +102,15 @@ class RowChoice:
             if seq is None or cached is None:
                 break
             self._pool.admit(seq, cached, now=now)
-            num_new = seq.max_chunk(budget)
+            num_new = self._chunk(seq, budget)
             budget -= num_new
             rows.append((seq, num_new))
+
+    def _chunk(self, seq: Sequence, budget: int) -> int:
+        """Tokens of a row."""
+        if seq.num_computed > _LONG_CONTEXT and len(self._pool.running) > 1:
+            budget = min(budget, max(1, self._max_num_tokens * _LONG_CONTEXT // seq.num_computed))
+        return seq.max_chunk(budget)
 
     @property
     def _num_places(self) -> int:

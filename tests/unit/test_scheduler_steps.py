@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from scheduler_cases import fill, make_seq, make_sim, rows
 
+from flexpipe_serve.engine import row_choice
+
 
 @pytest.mark.parametrize(
     ("num_seqs", "num_stages", "sizes"),
@@ -65,6 +67,33 @@ def test_decodes_come_first_and_prefill_takes_what_remains_of_the_budget() -> No
     assert batch is not None
     # The first prompt's last two tokens, and the next prompt's first five.
     assert batch.num_new.tolist() == [1, 1, 1, 2, 5]
+
+
+def test_chunks_behind_a_long_context_are_smaller_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that computes a chunk of them keeps every stream waiting, and takes as long as its context is long."""
+    monkeypatch.setattr(row_choice, "_LONG_CONTEXT", 32)
+    sim = make_sim(max_num_seqs=8, max_num_batched_tokens=16)
+    decode, long = make_seq("d", 2, max_tokens=12), make_seq("long", 200, max_tokens=1)
+    sim.add(decode)
+    fill(sim)
+    sim.complete()
+    sim.add(long)
+    chunks = []
+    while not decode.is_finished:
+        batch = sim.submit()
+        assert batch is not None
+        chunks.append((int(batch.num_computed[-1]), int(batch.num_new[-1])))
+        sim.complete()
+    assert chunks[:4] == [(0, 15), (15, 15), (30, 15), (45, 11)]
+    assert all(num_new * num_computed <= 16 * 32 for num_computed, num_new in chunks[3:])
+    assert len(chunks) == 11
+    alone = sim.submit()
+    assert alone is not None
+    assert alone.num_new.tolist() == [16]
+    while not long.is_finished:
+        sim.complete()
+        sim.submit()
+    assert long.num_output_tokens == 1
 
 
 def test_prompts_begun_are_finished_in_order_of_rank() -> None:
