@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from enum import Enum
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
+from msgspec import inspect
 from starlette.requests import Request
 
 from flexpipe_serve.deployments.errors import ApiError, shorten
@@ -73,7 +74,7 @@ def _invalid_field(message: str, kind: type[msgspec.Struct]) -> ApiError:
     if field is not None:
         path = f"{path}.{field['name']}" if path else field["name"]
         problem = "required" if field["problem"] == "missing required" else "unknown field"
-    elif problem.startswith("Invalid enum value"):
+    elif problem.startswith(("Invalid enum value", "Invalid value")):
         problem += _known_values(kind, path)
     where = shorten(path) or "The body"
     problem = shorten(problem.replace("`", "'"))
@@ -81,7 +82,36 @@ def _invalid_field(message: str, kind: type[msgspec.Struct]) -> ApiError:
 
 
 def _known_values(kind: type[msgspec.Struct], path: str) -> str:
-    for field in msgspec.structs.fields(kind):
-        if field.name == path and isinstance(field.type, type) and issubclass(field.type, Enum):
-            return f"; it is one of {', '.join(repr(member.value) for member in field.type)}"
-    return ""
+    """Of the field at ``path``, such as ``messages[0].role``."""
+    types = [inspect.type_info(kind)]
+    for step in re.findall(r"[^.\[\]]+", path):
+        types = [inner for outer in types for inner in _inside(outer, step)]
+    known = [repr(value) for each in types for value in _values(each)]
+    return f"; it is one of {', '.join(known)}" if known else ""
+
+
+def _inside(outer: inspect.Type, step: str) -> Sequence[inspect.Type]:
+    """What may stand at a field or an index, all kinds of it."""
+    match outer:
+        case inspect.ListType() | inspect.VarTupleType():
+            return _alternatives(outer.item_type)
+        case inspect.StructType() if step == outer.tag_field:
+            return [inspect.LiteralType((outer.tag,))]
+        case inspect.StructType():
+            return [inner for field in outer.fields if field.name == step for inner in _alternatives(field.type)]
+        case _:
+            return []
+
+
+def _alternatives(of: inspect.Type) -> Sequence[inspect.Type]:
+    return of.types if isinstance(of, inspect.UnionType) else (of,)
+
+
+def _values(of: inspect.Type) -> Sequence[object]:
+    match of:
+        case inspect.LiteralType():
+            return of.values
+        case inspect.EnumType():
+            return [member.value for member in of.cls]
+        case _:
+            return ()

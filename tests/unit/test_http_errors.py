@@ -276,6 +276,25 @@ async def test_a_crash_outside_generation_is_a_500(engine, caplog, monkeypatch):
     assert "ZeroDivisionError" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            {"role": "tool", "content": "x"},
+            "messages[0].role: invalid enum value 'tool'; it is one of 'assistant', 'developer', 'system', 'user'.",
+        ),
+        (
+            {"role": "user", "content": [{"type": "image_url"}]},
+            "messages[0].content[0].type: invalid value 'image_url'; it is one of 'text'.",
+        ),
+        ({"role": 3, "content": "x"}, "messages[0].role: expected 'str', got 'int'."),
+    ],
+)
+async def test_a_value_out_of_a_few_is_answered_with_those(client, message, expected):
+    error = error_of(await client.post("/v1/chat/completions", json={"messages": [message]}), 400)
+    assert error["message"] == expected
+
+
 async def test_no_engine_yet():
     def no_engine():
         raise EngineUnavailableError("The stages are starting.")
