@@ -10,7 +10,7 @@ from flexpipe_serve import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. Returns the exit status."""
-    from flexpipe_serve import cli_admin, cli_config, cli_drain, cli_plan, cli_profile, launch
+    from flexpipe_serve import cli_admin, cli_config, cli_decisions, cli_drain, cli_plan, cli_profile, launch
     from flexpipe_serve.bench import adapt as bench_adapt
     from flexpipe_serve.bench import mix_shift as bench_mix_shift
     from flexpipe_serve.bench import model as bench_model
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli_config.add_command(commands)
     cli_drain.add_command(commands)
     cli_plan.add_command(commands)
+    cli_decisions.add_command(commands)
     cli_profile.add_command(commands)
     bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
     for name, module, about in (

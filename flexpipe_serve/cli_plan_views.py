@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from flexpipe_serve.cli_views import seconds
+from flexpipe_serve.cli_views import clock, seconds
 from flexpipe_serve.planner.types import CandidateScore, Decision, Demand, Split, Verdict
 from flexpipe_serve.simulate.result import SimulationResult, SimulationSummary, Spread
 
 _MAX_CANDIDATES = 12
+_COLOURS = {Verdict.MOVE: "yellow", Verdict.STAY: "green"}
 
 
 def decision_view(decision: Decision) -> RenderableType:
     """The verdict with its sentence, the demand, and the candidates, best first."""
-    colour = "yellow" if decision.verdict is Verdict.MOVE else "green"
+    colour = _COLOURS[decision.verdict]
     shown = decision.candidates[:_MAX_CANDIDATES]
     parts: list[RenderableType] = [
         f"[bold {colour}]{decision.verdict}[/]: {escape(decision.sentence)}",
@@ -30,6 +32,22 @@ def decision_view(decision: Decision) -> RenderableType:
     took = f", decided in {seconds(decision.decision_s)}" if decision.decision_s else ""
     parts.append(f"[dim]policy {decision.policy}, trigger {decision.trigger}{took}[/]")
     return Group(*parts)
+
+
+def decisions_table(decisions: Sequence[Decision]) -> RenderableType:
+    """A line each, the newest last."""
+    table = _table("time", "verdict", "trigger", "req/s", "why", "refactoring")
+    for decision in decisions:
+        colour = _COLOURS[decision.verdict]
+        table.add_row(
+            clock(decision.at),
+            f"[{colour}]{decision.verdict}[/]",
+            str(decision.trigger),
+            f"{decision.demand.rate:.2f}",
+            escape(decision.sentence),
+            escape(decision.refactoring_id or ""),
+        )
+    return table
 
 
 def replay_view(summary: SimulationSummary | None, result: SimulationResult) -> RenderableType:

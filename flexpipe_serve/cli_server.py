@@ -15,11 +15,17 @@ from flexpipe_serve.handle import Handle, connect
 def server_arguments() -> argparse.ArgumentParser:
     """The arguments that name the server: a parent for the command's parser."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
+    parser.add_argument(
+        "--url", type=_url, default="http://127.0.0.1:8000", help="of the server (default: %(default)s)"
+    )
     parser.add_argument(
         "--api-key", default=os.environ.get("FLEXPIPE_API_KEY"), help="if it wants one (default: $FLEXPIPE_API_KEY)"
     )
     return parser
+
+
+def _url(text: str) -> str:
+    return text if "://" in text else f"http://{text}"
 
 
 def with_handle(command: Callable[[argparse.Namespace, Handle, Console], int]) -> Callable[[argparse.Namespace], int]:

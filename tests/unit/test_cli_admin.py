@@ -274,3 +274,21 @@ def test_layer_ranges_name_each_layer_once(layers):
         named += range(int(first), int(last or first) + 1)
     assert named == layers
     assert cli_views.layer_ranges([3, 4, 5, 9]) == "3-5, 9"
+
+
+def test_decisions(run, engine):
+    status, out, _ = run("decisions")
+    header, line = out.splitlines()
+    assert status == 0
+    assert header.split() == ["time", "verdict", "trigger", "req/s", "why", "refactoring"]
+    assert line.split()[2:5] == ["move", "asked", "1.50"]
+    assert "1 stage has no hops." in line
+    (decision,) = json.loads(run("decisions", "--json")[1])
+    assert decision["verdict"] == "move"
+    assert len(decision["candidates"]) == 2
+
+
+def test_an_address_without_a_scheme_is_a_server_too(url, engine, capsys):
+    assert main(["events", "--url", url.removeprefix("http://")]) == 0
+    assert main(["events", "--url", "127.0.0.1:1"]) == 1
+    assert "http://127.0.0.1:1 does not answer" in capsys.readouterr().err

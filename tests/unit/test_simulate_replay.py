@@ -7,7 +7,7 @@ import math
 import pytest
 from made_up_models import MIB, make_device, make_profile
 
-from flexpipe_serve import cli_plan, handle
+from flexpipe_serve import cli_plan
 from flexpipe_serve.bench.arrivals import gamma_arrivals
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.model.profile_cache import write_profile
@@ -178,7 +178,7 @@ class FakeHandle:
 
 def test_the_present_decision(monkeypatch, tmp_path, capsys):
     asked = []
-    monkeypatch.setattr(handle, "connect", lambda url, *, api_key: asked.append((url, api_key)) or FakeHandle())
+    monkeypatch.setattr(cli_plan, "connect", lambda url, *, api_key: asked.append((url, api_key)) or FakeHandle())
     content = tmp_path / "plan.json"
     assert run_cli("--url", "http://server:1", "--api-key", "k", "--json", content) == 0
     assert asked == [("http://server:1", "k")]
