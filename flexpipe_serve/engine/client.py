@@ -148,7 +148,7 @@ class EngineClient(Protocol):
         ...
 
     def metrics_text(self) -> str:
-        """The body of ``GET /metrics``, for Prometheus."""
+        """The body of ``GET /metrics``, for Prometheus. Not for the event loop's thread."""
         ...
 
     def plan(self) -> Decision:

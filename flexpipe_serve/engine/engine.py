@@ -47,7 +47,7 @@ OnLost = Callable[[str, str], None]
 
 
 class Engine:
-    """Serves one model through one pipeline; an EngineClient.
+    """Serves one model through one pipeline, one of a Fleet's.
 
     Args:
         make_pipeline: the pipeline, given whom to call when a stage is lost.
