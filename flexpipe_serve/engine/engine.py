@@ -301,6 +301,7 @@ class Engine:
             ConfigError, EngineUnavailableError: why not; nothing is left running.
         """
         self._loop.start()
+        self._keeper.start_heartbeat()
         try:
             self._control.submit(self._keeper.bring_up, layout).result()
             self._control.submit(self._refactorings.fill_pool).result()
@@ -308,7 +309,6 @@ class Engine:
         except BaseException:
             self.stop()
             raise
-        self._keeper.start_heartbeat()
 
     def check_alive(self) -> None:
         """Raises EngineUnavailableError when only a new process can help."""

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 
 from flexpipe_serve.engine.stage_placer import StagePlacer
 from flexpipe_serve.engine.step_loop import StepLoop
@@ -173,7 +173,11 @@ class PipelineKeeper:
     def _speak_to_stages(self) -> None:
         while not self._stopping.wait(self._sign_of_life_s):
             try:
-                self._control.submit(self.refresh).result()
+                refreshed = self._control.submit(self.refresh)
+                while not wait([refreshed], self._sign_of_life_s).done:
+                    # Others are being brought up, and those that are ready must not take themselves for orphans.
+                    self._pipeline.reports()
+                refreshed.result()
             except EngineUnavailableError as error:
                 logger.warning("%s", error)  # a lost stage is noticed by its watch call
                 continue
