@@ -22,7 +22,8 @@ pre {{ background: #f2f2f2; padding: 1rem; overflow-x: auto }}</style></head>
 <li><a href="v1/models">The model</a></li>
 <li><a href="flexpipe/status">The pipeline: layout, stages, memory, queue</a></li>
 <li><a href="flexpipe/refactor">Refactorings</a>, <a href="flexpipe/events">events</a></li>
-<li><a href="health">Health</a></li>
+<li><a href="flexpipe/config">What changes without a restart</a></li>
+<li><a href="health">Health</a>, <a href="metrics">metrics</a></li>
 </ul>
 </body></html>
 """
