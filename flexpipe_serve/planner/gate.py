@@ -39,13 +39,13 @@ _NOISE_WINDOW_S = 15.0
 
 
 def expected_demand(demand: Demand, horizon_s: float) -> Demand:
-    """The demand with its mean rate over the horizon, as far as its gradient tells (F16): changes that are no larger
-    than chance makes them are left out, and it neither doubles nor halves."""
+    """The demand with its mean rate over the horizon, as far as its gradient tells (F16): a rise that is no larger than
+    chance makes it is left out, and the rate at most doubles. A fall is believed when it has come: what is left of one
+    in the longer windows would make a queue look as if it went away by itself."""
     ahead_s = min(horizon_s, _LOOK_AHEAD_S)
-    change = demand.rate_gradient * ahead_s * (1 - ahead_s / (2 * horizon_s))
+    rise = demand.rate_gradient * ahead_s * (1 - ahead_s / (2 * horizon_s))
     by_chance = demand.cv * math.sqrt(demand.rate / _NOISE_WINDOW_S)
-    change = math.copysign(max(0.0, abs(change) - by_chance), change)
-    rate = min(max(demand.rate + change, demand.rate / 2), 2 * demand.rate)
+    rate = min(demand.rate + max(0.0, rise - by_chance), 2 * demand.rate)
     return msgspec.structs.replace(with_round_lengths(demand), rate=rate)
 
 

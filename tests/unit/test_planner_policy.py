@@ -273,13 +273,14 @@ def test_a_rising_rate_moves_it_before_there_is_a_queue() -> None:
 
 
 @given(st.floats(0.01, 20), st.floats(-5, 5), st.floats(0, 8), st.floats(1, 300))
-def test_what_is_expected_follows_the_gradient_within_bounds(
+def test_what_is_expected_follows_a_rise_within_bounds_and_no_fall(
     rate: float, gradient: float, cv: float, horizon_s: float
 ) -> None:
     demand = make_demand(rate, cv=cv, rate_gradient=gradient)
     expected = expected_demand(demand, horizon_s).rate
-    assert rate / 2 <= expected <= 2 * rate
-    assert (expected - rate) * gradient >= 0
+    assert rate <= expected <= 2 * rate
+    # A fall that is still seen in a long window has been there already: the rate tells of it.
+    assert gradient > 0 or expected == rate
     # What chance makes is no change.
     by_chance = make_demand(rate, cv=8.0, rate_gradient=math.copysign(min(abs(gradient), rate / 100), gradient))
     assert expected_demand(by_chance, min(horizon_s, 30.0)).rate == pytest.approx(rate, rel=0.25)
