@@ -17,7 +17,9 @@ Requests of the first --lead-in seconds count for no variant: a policy has seen 
 that has run for hours has. The results so far are written after every run.
 
 A policy is judged by its mean latency against the static layout that turns out best: it may take 2 % more, or as much
-more as that layout's own slowest repetition. Goodput counts answers within --slo seconds, or within --slo-factor times
+more as that layout's own slowest repetition. Beside that stands how much longer the same requests took in the same
+repetition, with the 95 % confidence interval over repetitions. A policy that never left the layout it began with ran as
+that static layout did, and the table says so: then all difference is chance. Goodput counts answers within --slo seconds, or within --slo-factor times
 what the request takes on an idle server. Stalls are FlexPipe's: from a response slower than 1.5 times the 25th
 percentile (of all runs, each latency in units of the request's on an idle server) to one within 1.2 times. Devices are
 what stages compute with: stages that share a node's cores are one device (see stage_cpus in the configuration).
@@ -90,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--concurrency", type=positive_int, default=16, metavar="N", help="for capacity (default 16)")
     load.add_argument("--slo", type=float, metavar="S", help="target of a request's latency")
     load.add_argument("--slo-factor", type=float, default=5.0, metavar="X", help="without --slo (default 5)")
-    load.add_argument("--repeats", type=positive_int, default=2, metavar="N", help="of all variants (default 2)")
+    load.add_argument("--repeats", type=positive_int, default=3, metavar="N", help="of all variants (default 3)")
     add_server_arguments(parser)
 
 
