@@ -6,23 +6,20 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from flexpipe_serve.engine.client import ModelCard
 from flexpipe_serve.engine.fleet_memory import PipelineUse
-from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.pipeline_keeper import PipelineKeeper
 from flexpipe_serve.engine.pipeline_memory import PipelineMemory
 from flexpipe_serve.engine.planner_view import PipelineView, make_view
-from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scheduler import Scheduler
 from flexpipe_serve.engine.scheduler_config import SchedulerConfig
 from flexpipe_serve.engine.stage_placer import StagePlacer
 from flexpipe_serve.engine.stage_status import describe_nodes, describe_pipeline
 from flexpipe_serve.engine.step_loop import StepLoop
-from flexpipe_serve.engine.stream import make_stream
 from flexpipe_serve.engine.wanted_layout import WantedLayout
 from flexpipe_serve.errors import EngineUnavailableError, RefactorBusyError
 from flexpipe_serve.metrics import EngineMetrics
@@ -126,36 +123,6 @@ class Engine:
         )
 
     # ------------------------------------------------------------------ for clients
-
-    async def generate(
-        self,
-        *,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        n: int = 1,
-        priority: int = 0,
-    ) -> AsyncIterator[SequenceOutput]:
-        """See EngineClient.generate. While the pipeline is rebuilt requests wait, up to the queue's limit."""
-        if not self.accepts:
-            await self.check_health()
-        stream = make_stream(
-            request_id=request_id,
-            prompt_token_ids=prompt_token_ids,
-            params=params,
-            n=n,
-            priority=priority,
-            eos_token_ids=self.model.eos_token_ids,
-            backend=self.tokenizer.backend,
-            now=time.monotonic(),
-        )
-        added = self._loop.add(stream)
-        try:
-            await asyncio.wrap_future(added)
-            async for output in stream:
-                yield output
-        finally:
-            stream.leave()
 
     async def check_health(self) -> None:
         """Raises EngineUnavailableError unless a request could be served now."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from flexpipe_serve.engine.assemble import build_engine
 from flexpipe_serve.engine.engine import Engine
 from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.sampling_params import SamplingParams
+from flexpipe_serve.engine.stream import make_stream
 from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.pipeline.layout import Layout, even_boundaries, make_layout
 from flexpipe_serve.pipeline.local_host import LocalStageHost
@@ -90,13 +92,40 @@ def running_engine(
         engine.stop()
 
 
+async def generate(
+    engine: Engine,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    *,
+    n: int = 1,
+    priority: int = 0,
+    request_id: str | None = None,
+) -> AsyncGenerator[SequenceOutput]:
+    """A request's outputs, as a fleet of one pipeline serves it; closing the iterator is the client's leaving."""
+    stream = make_stream(
+        request_id=request_id or uuid.uuid4().hex,
+        prompt_token_ids=prompt,
+        params=params,
+        n=n,
+        priority=priority,
+        eos_token_ids=engine.model.eos_token_ids,
+        backend=engine.tokenizer.backend,
+        now=time.monotonic(),
+    )
+    try:
+        await asyncio.wrap_future(engine.loop.add(stream))
+        async for output in stream:
+            yield output
+    finally:
+        stream.leave()
+
+
 async def collect(
     engine: Engine, prompt: Sequence[int], params: SamplingParams, *, n: int = 1, request_id: str | None = None
 ) -> list[list[SequenceOutput]]:
     """All outputs of a request, by sequence."""
     outputs: list[list[SequenceOutput]] = [[] for _ in range(n)]
-    generation = engine.generate(request_id=request_id or uuid.uuid4().hex, prompt_token_ids=prompt, params=params, n=n)
-    async with contextlib.aclosing(generation) as stream:
+    async with contextlib.aclosing(generate(engine, prompt, params, n=n, request_id=request_id)) as stream:
         async for output in stream:
             outputs[output.index].append(output)
     return outputs

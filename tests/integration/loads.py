@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from engines import generate
+
 from flexpipe_serve.engine.engine import Engine
 from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.sampling_params import SamplingParams
@@ -73,12 +75,8 @@ Transcript = list[list[tuple[object, ...]]]
 async def _serve(engine: Engine, request: Request, *, request_id: str, may_leave: bool) -> Transcript:
     outputs: list[list[SequenceOutput]] = [[] for _ in range(request.n)]
     num_left = request.abort_after if may_leave else None
-    stream = engine.generate(
-        request_id=request_id,
-        prompt_token_ids=request.prompt,
-        params=request.params,
-        n=request.n,
-        priority=request.priority,
+    stream = generate(
+        engine, request.prompt, request.params, n=request.n, priority=request.priority, request_id=request_id
     )
     async with contextlib.aclosing(stream):
         async for output in stream:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from engines import running_engine
+from fleets import running_fleet
 from http_server import serve
 from profile_cases import profile_of
 
@@ -16,6 +16,7 @@ from flexpipe_serve.bench import model_run
 from flexpipe_serve.cli import main
 from flexpipe_serve.deployments.api import create_app
 from flexpipe_serve.model.profile_cache import write_profile
+from flexpipe_serve.pipeline.local_host import LocalStageHost
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def config(small_model: Path, tmp_path: Path) -> Path:
 def _server(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
     def running_server(config: dict[str, Any], *, log: Path) -> Iterator[str]:
-        with running_engine(small_model, num_stages=1) as engine, serve(create_app(lambda: engine)) as url:
+        with running_fleet(small_model, LocalStageHost()) as fleet, serve(create_app(lambda: fleet)) as url:
             yield url
 
     monkeypatch.setattr(model_run, "running_server", running_server)

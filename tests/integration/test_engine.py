@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engines import collect, even_layout, generate_all, running_engine, tokens_of
+from engines import collect, even_layout, generate, generate_all, running_engine, tokens_of
 from tiny_models import make_checkpoint
 
 from flexpipe_serve.engine.engine import Engine
@@ -83,10 +83,7 @@ def test_n_sequences_have_their_own_seeds(engine: Engine) -> None:
 def test_a_client_that_leaves_gives_all_blocks_back(engine: Engine) -> None:
     async def run() -> None:
         async def leave_after(num_outputs: int) -> None:
-            generation = engine.generate(
-                request_id=f"leaver-{num_outputs}", prompt_token_ids=prompt_of(30), params=greedy(500)
-            )
-            async with contextlib.aclosing(generation) as stream:
+            async with contextlib.aclosing(generate(engine, prompt_of(30), greedy(500))) as stream:
                 async for _ in stream:
                     num_outputs -= 1
                     if num_outputs == 0:
@@ -108,8 +105,7 @@ def test_a_lost_stage_is_replaced_and_its_sequences_replayed(engine: Engine, hos
 
     async def run() -> list[list[int]]:
         tasks = [asyncio.create_task(collect(engine, prompt, greedy(80))) for prompt in prompts]
-        generation = engine.generate(request_id="pilot", prompt_token_ids=prompt_of(3), params=greedy(20))
-        async with contextlib.aclosing(generation) as stream:
+        async with contextlib.aclosing(generate(engine, prompt_of(3), greedy(20))) as stream:
             async for _ in stream:  # the others are on their way now
                 break
         await asyncio.to_thread(host._alive["stage-1"].stop)
