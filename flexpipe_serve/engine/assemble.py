@@ -47,24 +47,6 @@ def layout_of(config: LayoutConfig, *, num_layers: int) -> Layout:
     )
 
 
-def build_engine(
-    args: ServeArgs,
-    *,
-    host: StageHost,
-    domain_key: str,
-    device: str,
-    num_cores: int,
-    metrics: EngineMetrics,
-    limits: LimitsConfig,
-    keys: CurveKeys | None = None,
-) -> tuple[Engine, ModelSpec]:
-    """The engine of the only pipeline of an application, not started yet. Arguments and errors as of EngineMaker."""
-    maker = make_engine_maker(
-        args, host=host, domain_key=domain_key, device=device, num_cores=num_cores, limits=limits, keys=keys
-    )
-    return maker.make(0, metrics=metrics), maker.spec
-
-
 @dataclass(frozen=True, kw_only=True)
 class EngineMaker:
     """Makes the engines of an application's pipelines, not started yet; all serve the same model."""

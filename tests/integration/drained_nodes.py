@@ -12,7 +12,7 @@ import time
 import uuid
 
 import ray
-from engines import even_layout
+from engines import even_layout, make_engine
 from loads import Load, load, make_requests, serve_all
 from ray._private.worker import global_worker
 from ray.core.generated import autoscaler_pb2
@@ -20,10 +20,8 @@ from refactor_faults import refactor
 from served import wait_until
 from several_nodes import NativeHost, Nodes
 
-from flexpipe_serve.config import KVConfig, LimitsConfig, ModelConfig, ServeArgs
-from flexpipe_serve.engine.assemble import build_engine
+from flexpipe_serve.config import KVConfig, ModelConfig, ServeArgs
 from flexpipe_serve.engine.engine import Engine
-from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.pipeline.channel import CurveKeys
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
 from flexpipe_serve.refactor.record import RefactorRequest
@@ -90,19 +88,10 @@ def run(model: str, nodes: Nodes) -> None:
     args = ServeArgs(
         model=ModelConfig(source=model), memory_budget=64 << 30, kv=KVConfig(block_size=4, max_tokens=2000)
     )
-    engine, spec = build_engine(
-        args,
-        host=NativeHost(uuid.uuid4().hex),
-        domain_key=uuid.uuid4().hex,
-        device="cpu",
-        num_cores=2,
-        metrics=EngineMetrics(app="test", model="test"),
-        limits=LimitsConfig(),
-        keys=CurveKeys.generate(),
-    )
+    engine, num_layers = make_engine(args, host=NativeHost(uuid.uuid4().hex), keys=CurveKeys.generate())
     try:
         engine._pipeline.place({"stage-0": here, "stage-1": named})
-        engine.start(even_layout(spec.num_layers, 2))
+        engine.start(even_layout(num_layers, 2))
         if nodes_of(engine) != [here, named]:
             assert refactor(engine, RefactorRequest(stages=2, nodes=(here, named))).error is None
         requests = make_requests(random.Random(2), 12)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from flexpipe_serve.config import KVConfig, LimitsConfig, ModelConfig, SchedulerArgs, ServeArgs
-from flexpipe_serve.engine.assemble import build_engine
+from flexpipe_serve.engine.assemble import make_engine_maker
 from flexpipe_serve.engine.engine import Engine
 from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.stream import make_stream
 from flexpipe_serve.metrics import EngineMetrics
+from flexpipe_serve.pipeline.channel import CurveKeys
 from flexpipe_serve.pipeline.layout import Layout, even_boundaries, make_layout
 from flexpipe_serve.pipeline.local_host import LocalStageHost
 from flexpipe_serve.pipeline.stage_types import StageHandle, StageHost, StageSetup
@@ -38,6 +39,26 @@ class LinearHost(LocalStageHost):
 def even_layout(num_layers: int, num_stages: int) -> Layout:
     """Layers split evenly."""
     return make_layout(num_layers=num_layers, boundaries=even_boundaries(num_layers=num_layers, num_stages=num_stages))
+
+
+def make_engine(
+    args: ServeArgs, *, host: StageHost, limits: LimitsConfig | None = None, keys: CurveKeys | None = None
+) -> tuple[Engine, int]:
+    """The engine of an only pipeline, not started yet, and the model's number of layers.
+
+    Args:
+        keys: of stages on several nodes.
+    """
+    maker = make_engine_maker(
+        args,
+        host=host,
+        domain_key=uuid.uuid4().hex,
+        device="cpu",
+        num_cores=2,
+        limits=limits or LimitsConfig(),
+        keys=keys,
+    )
+    return maker.make(0, metrics=EngineMetrics(app="test", model="test")), maker.num_layers
 
 
 @contextlib.contextmanager
@@ -74,18 +95,10 @@ def running_engine(
             steps_in_flight=16,  # as many as stages, as on devices of their own
         ),
     )
-    engine, spec = build_engine(
-        args,
-        host=host or LocalStageHost(),
-        domain_key=uuid.uuid4().hex,
-        device="cpu",
-        num_cores=2,
-        metrics=EngineMetrics(app="test", model="test"),
-        limits=LimitsConfig(max_waiting=max_waiting),
-    )
+    engine, num_layers = make_engine(args, host=host or LocalStageHost(), limits=LimitsConfig(max_waiting=max_waiting))
     if boundaries is None:
-        boundaries = even_boundaries(num_layers=spec.num_layers, num_stages=num_stages)
-    engine.start(make_layout(num_layers=spec.num_layers, boundaries=boundaries))
+        boundaries = even_boundaries(num_layers=num_layers, num_stages=num_stages)
+    engine.start(make_layout(num_layers=num_layers, boundaries=boundaries))
     try:
         yield engine
     finally:

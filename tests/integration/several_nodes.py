@@ -12,14 +12,12 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from engines import even_layout
+from engines import even_layout, make_engine
 from loads import load, make_requests, serve_all
 from ray.cluster_utils import Cluster
 from refactor_faults import refactor
 
-from flexpipe_serve.config import KVConfig, LimitsConfig, ModelConfig, ServeArgs
-from flexpipe_serve.engine.assemble import build_engine
-from flexpipe_serve.metrics import EngineMetrics
+from flexpipe_serve.config import KVConfig, ModelConfig, ServeArgs
 from flexpipe_serve.pipeline.channel import CurveKeys
 from flexpipe_serve.pipeline.ray_host import RayStageHost
 from flexpipe_serve.pipeline.stage_types import StageHandle, StageSetup
@@ -50,16 +48,7 @@ def run(model: str, nodes: Nodes) -> None:
     args = ServeArgs(
         model=ModelConfig(source=model), memory_budget=64 << 30, kv=KVConfig(block_size=4, max_tokens=2000)
     )
-    engine, _ = build_engine(
-        args,
-        host=NativeHost(uuid.uuid4().hex),
-        domain_key=uuid.uuid4().hex,
-        device="cpu",
-        num_cores=2,
-        metrics=EngineMetrics(app="test", model="test"),
-        limits=LimitsConfig(),
-        keys=CurveKeys.generate(),
-    )
+    engine, _ = make_engine(args, host=NativeHost(uuid.uuid4().hex), keys=CurveKeys.generate())
     try:
         engine._pipeline.place({"stage-0": here, "stage-1": there})
         engine.start(even_layout(NUM_LAYERS, 2))

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
-from engines import even_layout
+from engines import even_layout, make_engine
 
-from flexpipe_serve.config import KVConfig, LimitsConfig, ModelConfig, ServeArgs
-from flexpipe_serve.engine.assemble import build_engine
+from flexpipe_serve.config import KVConfig, ModelConfig, ServeArgs
 from flexpipe_serve.engine.engine import Engine
-from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.pipeline.channel import CurveKeys
 from flexpipe_serve.pipeline.local_host import LocalStage, LocalStageHost
 from flexpipe_serve.pipeline.stage import Stage
@@ -85,16 +82,7 @@ def engine_on(
         memory_budget=memory_budget,  # type: ignore[arg-type]
         kv=KVConfig(block_size=4, max_tokens=2000),
     )
-    engine, _ = build_engine(
-        args,
-        host=host,
-        domain_key=uuid.uuid4().hex,
-        device="cpu",
-        num_cores=2,
-        metrics=EngineMetrics(app="test", model="test"),
-        limits=LimitsConfig(),
-        keys=CurveKeys.generate(),
-    )
+    engine, _ = make_engine(args, host=host, keys=CurveKeys.generate())
     layout, names = even_layout(num_layers, num_stages), list(host.nodes)
     engine._pipeline.place({name: names[i % len(names)] for i, name in enumerate(layout.stages)})
     engine.start(layout)
