@@ -19,10 +19,12 @@ that has run for hours has. The results so far are written after every run.
 A policy is judged by its mean latency against the static layout that turns out best: it may take 2 % more, or as much
 more as that layout's own slowest repetition. Beside that stands how much longer the same requests took in the same
 repetition, with the 95 % confidence interval over repetitions. A policy that never left the layout it began with ran as
-that static layout did, and the table says so: then all difference is chance. Goodput counts answers within --slo seconds, or within --slo-factor times
-what the request takes on an idle server. Stalls are FlexPipe's: from a response slower than 1.5 times the 25th
-percentile (of all runs, each latency in units of the request's on an idle server) to one within 1.2 times. Devices are
-what stages compute with: stages that share a node's cores are one device (see stage_cpus in the configuration).
+that static layout did, and the table says so: then all difference is chance.
+
+Goodput counts answers within --slo seconds, or within --slo-factor times what the request takes on an idle server.
+Stalls are FlexPipe's: from a response slower than 1.5 times the 25th percentile (of all runs, each latency in units of
+the request's on an idle server) to one within 1.2 times. Devices are what stages compute with: stages that share a
+node's cores are one device (see stage_cpus in the configuration).
 """
 
 from __future__ import annotations
