@@ -86,7 +86,7 @@ def _filled(serving: Sequence[PipelineUse], new: PipelineUse, weights: ModelWeig
     reports = {
         part.stage: replace(
             new.reports[part.stage],
-            weights_bytes=weights.of(part.layers, is_first=part.stage == first, is_last=part.stage == last),
+            weight_sizes=weights.sizes(part.layers, is_first=part.stage == first, is_last=part.stage == last),
             overhead_bytes=overhead,
         )
         for part in new.layout.slices

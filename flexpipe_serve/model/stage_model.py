@@ -159,13 +159,13 @@ class StageModel:
 
     def keep(self, layers: Container[int], *, embedding: bool = False, head: bool = False) -> None:
         """Give the memory of everything else back."""
-        before = self.sizes.total
+        gives_up = any(index not in layers for index in self._layers)
         self._layers = {index: layer for index, layer in self._layers.items() if index in layers}
-        if not embedding:
-            self._embedding = None
-        if not head:
-            self._norm = self._head = None
-        if self.sizes.total < before:
+        if not embedding and self._embedding is not None:
+            gives_up, self._embedding = True, None
+        if not head and self._head is not None:
+            gives_up, self._norm, self._head = True, None, None
+        if gives_up:
             return_freed_memory()
 
     @torch.inference_mode()

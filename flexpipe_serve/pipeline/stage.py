@@ -168,7 +168,6 @@ class Stage:
             epoch=self._last_epoch,
             start=held.start if held else 0,
             stop=held.stop if held else 0,
-            weights_bytes=sizes.total,
             weight_sizes=sizes,
             overhead_bytes=max(0, private_bytes(self._device) - sizes.total)
             + work_bytes(self.computer.spec, num_tokens=setup.num_work_tokens, itemsize=self.computer.dtype.itemsize),

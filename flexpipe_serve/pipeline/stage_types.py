@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from flexpipe_serve.model.weight_sizes import WeightSizes
@@ -100,7 +100,7 @@ class StageReport:
     """Of the newest assignment; 0 before the first."""
     start: int
     stop: int
-    weights_bytes: int
+    weight_sizes: WeightSizes
     overhead_bytes: int
     """Memory of the process beside weights and KV: measured, plus an estimate of a step's work buffers."""
     kv_bytes: int
@@ -111,10 +111,13 @@ class StageReport:
     """Snapshots and patches received for the newest epoch."""
     patch_bytes: int = 0
     """Of those, patches."""
-    weight_sizes: WeightSizes = field(default_factory=WeightSizes)
-    """Of which ``weights_bytes`` is the total."""
     host_cache: HostCacheUse | None = None
     """Of its node; None: there is none."""
+
+    @property
+    def weights_bytes(self) -> int:
+        """Memory of the weights held."""
+        return self.weight_sizes.total
 
 
 def stage_domain(setup: StageSetup, *, name: str, node: str, device: str) -> str:

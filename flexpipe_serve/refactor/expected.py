@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from flexpipe_serve.model.weight_sizes import WeightSizes
 from flexpipe_serve.pipeline.stage_types import StageReport, stage_domain
 from flexpipe_serve.placement.topology import Topology
 
@@ -34,7 +35,7 @@ def expect_report(name: str, *, node: str, reports: Collection[StageReport], top
         node=node,
         domain=stage_domain(like.setup, name=name, node=node, device=like.device),
         domain_free_bytes=free_bytes,
-        weights_bytes=0,
+        weight_sizes=WeightSizes(),
         kv_bytes=0,
         overhead_bytes=max(report.overhead_bytes for report in reports),
     )

@@ -32,8 +32,16 @@ class ModelWeights:
 
     def of(self, layers: Iterable[int], *, is_first: bool, is_last: bool) -> int:
         """Bytes of these layers and ends on one stage."""
-        ends = is_first * self.embedding + is_last * self.head - (is_first and is_last) * self.shared_ends
-        return sum(self.layers[layer] for layer in layers) + ends
+        return self.sizes(layers, is_first=is_first, is_last=is_last).total
+
+    def sizes(self, layers: Iterable[int], *, is_first: bool, is_last: bool) -> WeightSizes:
+        """The same, one by one."""
+        return WeightSizes(
+            layers={layer: self.layers[layer] for layer in layers},
+            embedding=is_first * self.embedding,
+            head=is_last * self.head,
+            shared_ends=(is_first and is_last) * self.shared_ends,
+        )
 
     def seen(self, sizes: Iterable[WeightSizes]) -> ModelWeights:
         """These, with what stages hold of them at its real size."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from flexpipe_serve.model.weight_sizes import WeightSizes
 from flexpipe_serve.pipeline.channel import Endpoint
 from flexpipe_serve.pipeline.stage_types import StageReport, StageSetup
 from flexpipe_serve.placement.topology import Device, DeviceKind, Node, Topology
@@ -18,12 +19,13 @@ SETUP = StageSetup(
 
 
 def report(name: str, *, node: str, device: str = "cpu", private: bool = False, **fields: int) -> StageReport:
-    sizes = {"domain_free_bytes": 700, "weights_bytes": 100, "overhead_bytes": 30, "kv_bytes": 50} | fields
+    sizes = {"domain_free_bytes": 700, "overhead_bytes": 30, "kv_bytes": 50} | fields
     domain = f"{node}/{name}" if private else node if device == "cpu" else f"{node}/{device}"
     return StageReport(
         name=name, setup=replace(SETUP, name=name, private_kv=private), pid=1, node=node, device=device,
         compute=domain, speed=1.0, domain=domain, endpoint=Endpoint(node, "", ""), epoch=1, start=0, stop=3,
-        num_blocks=4, num_steps=0, busy_seconds=0.0, **sizes,
+        num_blocks=4, num_steps=0, busy_seconds=0.0,
+        weight_sizes=WeightSizes(embedding=100), **sizes,
     )  # fmt: skip
 
 

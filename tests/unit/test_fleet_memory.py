@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from flexpipe_serve.engine.fleet_memory import PipelineUse, make_room, take_room
 from flexpipe_serve.errors import RefactorRefusedError
+from flexpipe_serve.model.weight_sizes import WeightSizes
 from flexpipe_serve.pipeline.budget import DomainUse, KVBudget
 from flexpipe_serve.pipeline.layout import make_layout, stage_prefix
 from flexpipe_serve.pipeline.stage_types import StageReport
@@ -37,7 +38,7 @@ def report(name: str, domain: str, *, weights: int = 0) -> StageReport:
         epoch=1,
         start=0,
         stop=0,
-        weights_bytes=weights,
+        weight_sizes=WeightSizes(embedding=weights),
         overhead_bytes=10 * MIB,
         kv_bytes=0,
         num_blocks=0,

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 import pytest
 
 from flexpipe_serve.errors import EngineUnavailableError
+from flexpipe_serve.model.weight_sizes import WeightSizes
 from flexpipe_serve.pipeline.budget import KVBudget
 from flexpipe_serve.pipeline.channel import Endpoint
 from flexpipe_serve.pipeline.layout import make_layout
@@ -45,7 +46,8 @@ class SlowStage:
                     name=self.name, setup=self.setup, pid=1, node=self.node, device="cpu", domain="here",
                     compute=stage_compute(self.setup, node=self.node, device="cpu"), speed=1.0,
                     domain_free_bytes=0, endpoint=Endpoint("here", f"ipc://{self.name}"), epoch=0, start=0, stop=0,
-                    weights_bytes=0, overhead_bytes=0, kv_bytes=0, num_blocks=0, num_steps=0, busy_seconds=0.0,
+                    weight_sizes=WeightSizes(), overhead_bytes=0, kv_bytes=0, num_blocks=0, num_steps=0,
+                    busy_seconds=0.0,
                 )
             )  # fmt: skip
 

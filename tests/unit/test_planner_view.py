@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flexpipe_serve.engine.planner_view import join_views, make_view, nodes_of
 from flexpipe_serve.engine.scheduler_config import SchedulerStats
+from flexpipe_serve.model.weight_sizes import WeightSizes
 from flexpipe_serve.pipeline.channel import Endpoint
 from flexpipe_serve.pipeline.layout import make_layout
 from flexpipe_serve.pipeline.stage_types import StageReport, StageSetup
@@ -51,7 +52,7 @@ def report(name: str, *, node: str = "a", compute: str = "a", domain: str = "a",
         epoch=1,
         start=0,
         stop=1,
-        weights_bytes=1,
+        weight_sizes=WeightSizes(embedding=1),
         overhead_bytes=overhead,
         kv_bytes=1,
         num_blocks=100,
