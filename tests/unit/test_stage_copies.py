@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stage_epoch_cases
+from stage_epoch_cases import NUM_STEPS, OLD, assert_as_expected, sequences
 from stage_harness import NODE, NUM_BLOCKS, FakeSequence, Harness, Part, harness, make_batch, take
-from tiny_models import make_checkpoint
 
 from flexpipe_serve.errors import CopyError
 from flexpipe_serve.kv.transfer import KVGiver
@@ -25,43 +26,14 @@ from flexpipe_serve.pipeline.messages import (
 )
 from flexpipe_serve.pipeline.stage_types import Assignment, Incoming
 
-PROMPTS = [[9, 4, 77, 23, 5, 61], [3, 17, 99], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
-NUM_STEPS = 12
-OLD: tuple[Part, ...] = (("stage-0", 0, 2), ("stage-1", 2, 4))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    make_checkpoint(folder, "llama")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path) -> list[tuple[list[int], list[float]]]:
-    """Tokens and log probabilities of the prompts, each decoded alone on a single stage."""
-    found = []
-    with harness(model) as h:
-        h.start(("stage-0", 0, 4))
-        for seq in sequences(h):
-            for _ in range(NUM_STEPS):
-                h.step(1, [seq])
-            found.append((seq.tokens, seq.logprobs))
-    return found
+model = stage_epoch_cases.model
+expected = stage_epoch_cases.expected
 
 
 @pytest.fixture
 def h(model: Path) -> Iterator[Harness]:
     with harness(model, private_kv=True) as made:
         yield made
-
-
-def sequences(h: Harness) -> list[FakeSequence]:
-    return [h.sequence(prompt, num_tokens=24) for prompt in PROMPTS]
-
-
-def assert_as_expected(seqs: Sequence[FakeSequence], expected: list[tuple[list[int], list[float]]]) -> None:
-    assert [(seq.tokens, seq.logprobs) for seq in seqs] == expected, "every bit of every step"
 
 
 def copy_header(h: Harness, *, target: str, layers: Sequence[int], max_bytes_per_s: float = 1e12) -> CopyHeader:
