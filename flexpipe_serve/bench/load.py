@@ -89,7 +89,8 @@ class SteadyLoad:
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def start(self) -> None:
-        """Start the streams; returns when all have begun to answer, or the first of them failed.
+        """Start the streams; returns when all have begun to answer, or the first of them failed. Where they are spread,
+        only when each place is at its second: until then the streams grow longer together, and steps slower.
 
         Raises:
             TimeoutError: one did not in ``timeout_s``.
@@ -97,10 +98,14 @@ class SteadyLoad:
         turn = itertools.cycle(range(len(self.prompts)))
         self._tasks = [asyncio.create_task(self._fill(slot, turn)) for slot in range(self.concurrency)]
         async with asyncio.timeout(self.timeout_s):
-            while len({call.slot for call in self._calls if call.has_token}) < self.concurrency:
+            while self._num_begun() < (2 if self.spread else 1):
                 if any(call.recording.failure for call in self._calls):
                     break
                 await asyncio.sleep(_POLL_S)
+
+    def _num_begun(self) -> int:
+        """Streams that have answered, in the place that has the fewest."""
+        return min(sum(c.slot == slot and c.has_token for c in self._calls) for slot in range(self.concurrency))
 
     async def wait_for_tokens(self, since_s: float) -> None:
         """Returns when every stream that was sent before has said something since, or ended.

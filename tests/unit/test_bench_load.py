@@ -81,6 +81,14 @@ async def test_the_first_streams_can_be_of_different_lengths() -> None:
     assert {body["max_tokens"] for body in fake.bodies[3:]} == {30}
 
 
+async def test_a_spread_load_is_steady_when_each_place_is_at_its_second_stream() -> None:
+    async with serving(FakeServer()) as target:
+        load = SteadyLoad(target, PROMPTS, concurrency=3, num_tokens=30, spread=True)
+        await load.start()
+        streams = await load.stop()
+    assert {stream.slot for stream in streams if not stream.was_ended} == {0, 1, 2}
+
+
 async def test_a_stream_given_up_keeps_what_it_said() -> None:
     async with serving(SlowServer()) as target:
         load = SteadyLoad(target, PROMPTS, concurrency=2, num_tokens=50, spread=False)
