@@ -8,10 +8,10 @@ _QUIET_STEPS = 8
 """Steps without a snapshot message, to be compared with the _LOUD_STEPS that follow."""
 _LOUD_STEPS = 16
 _START_SHARE = 0.25
-LEAST_SHARE = 0.25
+LEAST_SHARE = 0.1
 """Of the limit: less would make a copy take too long for what it saves. What a copy can be counted on to do."""
-_ALLOWED_SLOWDOWN = 0.02
-_LITTLE_SLOWDOWN = 0.01
+_ALLOWED_SLOWDOWN = 0.01
+_LITTLE_SLOWDOWN = 0.005
 _WEIGHT = 0.3
 """Of the newest comparison: single ones are mostly noise."""
 _FASTER, _SLOWER = 1.25, 0.5

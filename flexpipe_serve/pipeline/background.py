@@ -17,12 +17,14 @@ import psutil
 _T = TypeVar("_T")
 _LOWER_BY = 5
 """Steps of niceness: about a third of a normal thread's share."""
-_SHARE = 0.03
+_SHARE = 0.02
 """Of one core, for all that is done on a node while its cores are wanted: what those who wait for tokens may lose."""
 _SPARE_CORES = 0.75
 """So much of the machine unused: nobody is kept waiting."""
 _LOOK_EVERY_S = 0.1
-_STARVING_SHARE = 0.1
+_STARVING_SHARE = 0.01
+"""Of a core, while it does not rest. A busy pipeline leaves more than that between its hops, and work that is done
+there delays nobody; a thread that may preempt delays all that wait for the one it takes the core from."""
 _PATIENCE_S = 0.25
 
 

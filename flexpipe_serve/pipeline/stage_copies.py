@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -56,7 +57,7 @@ class StageCopies:
         self._giving: dict[tuple[int, str], _Giving] = {}
         """By new epoch and target."""
         self._rate: CopyRate | None = None
-        """Of all that is given; None while nothing is."""
+        """Of all that is given; None where it has no limit, or nothing is given."""
         self._taking: dict[int, dict[str, _Taking]] = {}
         """By new epoch and source."""
         self._num_bytes: dict[int, tuple[int, int]] = {}
@@ -138,6 +139,11 @@ class StageCopies:
         """Whether steps have to be mirrored."""
         return bool(self._giving)
 
+    @property
+    def is_copying(self) -> bool:
+        """Whether a snapshot is still to be sent."""
+        return any(not giving.giver.is_complete for giving in self._giving.values())
+
     def give(self, header: CopyHeader, buffers: Sequence[Frame], *, last_step: int) -> None:
         """Begin to give layers away; not for an epoch that is forgotten already: the word to copy comes with the steps
         and may be overtaken by the release of an abort.
@@ -156,7 +162,7 @@ class StageCopies:
             kv=self._kv.__getitem__,
         )
         outlet = self._connect(Endpoint(node=header.node, ipc=header.ipc, tcp=header.tcp))
-        if self._rate is None:
+        if self._rate is None and math.isfinite(header.max_bytes_per_s):
             self._rate = CopyRate(max_bytes_per_s=header.max_bytes_per_s)
         self._giving[header.epoch, header.target] = _Giving(giver, outlet)
 
@@ -179,7 +185,7 @@ class StageCopies:
 
     def send_chunk(self, now: float) -> bool:
         """Send a piece of a snapshot, if one may be sent now. Returns whether it did."""
-        if self._rate is None or self._rate.ready_at(now) > now:
+        if self._rate is not None and self._rate.ready_at(now) > now:
             return False
         for key, giving in list(self._giving.items()):
             ready_at = giving.giver.ready_at(now)
@@ -194,7 +200,6 @@ class StageCopies:
 
     def _send_next_chunk(self, key: tuple[int, str], now: float) -> bool:
         giving = self._giving[key]
-        assert self._rate is not None
         try:
             chunk = giving.giver.next_chunk(now)
             if chunk is None:  # a patch has completed an empty snapshot
@@ -203,13 +208,16 @@ class StageCopies:
         except Exception:  # process edge: the target will wait in vain
             self._break(key)
             return False
-        self._rate.on_sent(sum(len(frame) for frame in chunk), now=now)
+        if self._rate is not None:
+            self._rate.on_sent(sum(len(frame) for frame in chunk), now=now)
         return True
 
     def ready_at(self, now: float) -> float | None:
         """When the next piece of a snapshot may be sent; None: not before a message comes."""
         times = [at for giving in self._giving.values() if (at := giving.giver.ready_at(now)) is not None]
-        return max(min(times), self._rate.ready_at(now)) if times and self._rate is not None else None
+        if not times:
+            return None
+        return min(times) if self._rate is None else max(min(times), self._rate.ready_at(now))
 
     def _send_patch(self, key: tuple[int, str]) -> None:
         giving = self._giving[key]

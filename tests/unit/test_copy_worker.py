@@ -1,0 +1,108 @@
+"""When the thread of a stage's copies hears of steps, and with what priority."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from flexpipe_serve.pipeline.copy_worker import _STEPS_AT_ONCE, CopyWorker
+from flexpipe_serve.pipeline.messages import CopyHeader, PatchAckHeader
+
+COPY = CopyHeader(epoch=2, old_epoch=1, layers=(0,), target="t", node="n", ipc="i", tcp="", max_bytes_per_s=1.0)
+ACK = PatchAckHeader(epoch=2, target="t", number=1)
+_HEARD_S = 20.0
+
+
+class FakeCopies:
+    """Notes what it is told. An acknowledgement completes the snapshot."""
+
+    is_giving = True
+
+    def __init__(self) -> None:
+        self.is_copying = False
+        self.heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.niceness = 0
+
+    def next_heard(self, num: int) -> list[Any]:
+        return [self.heard.get(timeout=_HEARD_S) for _ in range(num)]
+
+    def give(self, header: CopyHeader, buffers: object, *, last_step: int) -> None:
+        self.is_copying = True
+        self.niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        self.heard.put("give")
+
+    def on_step(self, epoch: int, step: int, batch: object, *, now: float) -> None:
+        self.heard.put(step)
+
+    def on_ack(self, header: PatchAckHeader) -> None:
+        self.is_copying = False
+        self.heard.put("ack")
+
+    def ready_at(self, now: float) -> None:
+        return None
+
+    def forget_all(self) -> None:
+        pass
+
+
+class CountingQueue:
+    """Another queue, and how often something was put into it."""
+
+    def __init__(self, inner: Any) -> None:
+        self.num_put = 0
+        self.get = inner.get
+        self._put = inner.put
+
+    def put(self, item: object) -> None:
+        self.num_put += 1
+        self._put(item)
+
+
+@pytest.fixture
+def copies() -> FakeCopies:
+    return FakeCopies()
+
+
+@pytest.fixture
+def worker(copies: FakeCopies) -> Iterator[CopyWorker]:
+    made = CopyWorker(copies, name="stage-0", on_applied=lambda epoch: None)  # type: ignore[arg-type]
+    made.on_step(1, 1, None)  # nothing is given: nobody hears of it
+    made.give(COPY, [], last_step=1)
+    assert copies.next_heard(1) == ["give"]
+    while made._steps_at_once == 1:
+        pass
+    yield made
+    made.close()
+
+
+def test_it_hears_of_several_steps_at_once_while_a_snapshot_is_on_its_way(
+    worker: CopyWorker, copies: FakeCopies
+) -> None:
+    wakes = worker._wakes = CountingQueue(worker._wakes)  # type: ignore[assignment]
+    for step in range(_STEPS_AT_ONCE - 1):
+        worker.on_step(1, step, None)
+    assert wakes.num_put == 0
+    for step in range(_STEPS_AT_ONCE - 1, 2 * _STEPS_AT_ONCE):
+        worker.on_step(1, step, None)
+    assert copies.next_heard(_STEPS_AT_ONCE) == [*range(_STEPS_AT_ONCE)]
+
+
+def test_it_hears_of_each_step_when_the_snapshot_is_complete_and_of_all_in_order(
+    worker: CopyWorker, copies: FakeCopies
+) -> None:
+    for step in range(3):
+        worker.on_step(1, step, None)
+    worker.on_ack(ACK)
+    assert copies.next_heard(4) == [0, 1, 2, "ack"]
+    for step in range(3, 6):
+        worker.on_step(1, step, None)
+        assert copies.next_heard(1) == [step]
+
+
+def test_it_gives_way_to_steps(worker: CopyWorker, copies: FakeCopies) -> None:
+    assert copies.niceness > os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
