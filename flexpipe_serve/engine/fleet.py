@@ -18,7 +18,7 @@ from flexpipe_serve.engine.fleet_routing import FleetRouting
 from flexpipe_serve.engine.fleet_scaling import FleetScaling
 from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.planner_service import PlannerService
-from flexpipe_serve.engine.planner_view import PipelineView, join_views
+from flexpipe_serve.engine.planner_view import PipelineView, join_views, own_computes
 from flexpipe_serve.engine.profile_source import ProfileSource
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scale_record import ScaleRecord, ScaleRequest
@@ -30,7 +30,7 @@ from flexpipe_serve.metrics import EngineMetrics
 from flexpipe_serve.pipeline.layout import Layout
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest, merge_drains
 from flexpipe_serve.planner.calibration import MeasuredStep
-from flexpipe_serve.planner.types import Decision
+from flexpipe_serve.planner.types import Decision, Split
 from flexpipe_serve.prometheus_text import render
 from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
 
@@ -211,10 +211,13 @@ class Fleet:
         view = join_views(views)
         return dataclasses.replace(view, is_changing=True) if self._scaling.is_busy else view
 
-    def take_steps(self) -> list[MeasuredStep]:
-        """See Plannable.take_steps."""
-        first, *others = (engine.take_steps() for engine in self.engines)
-        return first if not others else []  # several pipelines may be cut in different ways
+    def take_steps(self) -> list[tuple[Split, list[MeasuredStep]]]:
+        """See Plannable.take_steps. What pipelines take on the same computes depends on each other's load and tells
+        nothing."""
+        found = [(engine.view(), engine.take_steps()) for engine in self.engines]
+        taken = [(view.split, steps) for view, steps in found if view is not None]
+        have_own = own_computes([split for split, _ in taken])
+        return [each for each, has_own in zip(taken, have_own, strict=True) if has_own]
 
     async def drain(self, request: DrainRequest) -> DrainRecord:
         """See EngineClient.drain: all pipelines leave the node."""

@@ -43,8 +43,8 @@ class Plannable(Protocol):
 
     def refactoring(self, refactoring_id: str, /) -> RefactorRecord | None: ...
 
-    def take_steps(self) -> list[MeasuredStep]:
-        """What steps on the split in force took since the last call."""
+    def take_steps(self) -> list[tuple[Split, list[MeasuredStep]]]:
+        """What steps on the splits in force took since the last call, by pipeline."""
         ...
 
 
@@ -190,14 +190,15 @@ class PlannerService:
         self._last_change_at = time.monotonic()
         return False
 
-    def _calibrated(self, profile: ModelProfile, split: Split) -> tuple[ModelProfile, Calibration]:
-        """The profile as the pipeline's latest steps correct it."""
+    def _calibrated(self, profile: ModelProfile) -> tuple[ModelProfile, Calibration]:
+        """The profile as the pipelines' latest steps correct it."""
         with self._calibrating:
-            self._calibration.note(profile, split, self._pipelines.take_steps())
+            for split, steps in self._pipelines.take_steps():
+                self._calibration.note(profile, split, steps)
             return self._calibration.calibrated(profile), self._calibration.applied
 
     def _decide(self, view: PipelineView, policy: Policy, trigger: Trigger | None) -> Decision:
-        profile, calibration = self._calibrated(self._get_profile(), view.split)
+        profile, calibration = self._calibrated(self._get_profile())
         now = time.monotonic()
         with self._watching:
             demand = self._monitor.demand(

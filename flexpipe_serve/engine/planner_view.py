@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -96,6 +97,13 @@ def join_views(views: Sequence[PipelineView]) -> PipelineView:
         is_changing=any(view.is_changing for view in views),
         limits=views[0].limits,
     )
+
+
+def own_computes(splits: Sequence[Split]) -> list[bool]:
+    """Of each pipeline, whether no other one computes where it does."""
+    computes = [{device.compute for device in split.devices} for split in splits]
+    num_sharing = Counter(compute for each in computes for compute in each)
+    return [all(num_sharing[compute] == 1 for compute in each) for each in computes]
 
 
 def nodes_of(split: Split, *, known: Iterable[str]) -> tuple[str, ...] | None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from typing import NamedTuple
 
 from flexpipe_serve.pipeline.messages import ResultHeader, StepBatch
 from flexpipe_serve.planner.calibration import MeasuredStep
 from flexpipe_serve.planner.profile import StepShape
 
-_MOST = 64
-"""Kept: all of a second, or the latest ones of a busy one."""
+_MOST = 32
+"""Kept of steps of about the same size: many short ones do not push out what few long ones tell."""
 
 
 class _Sample(NamedTuple):
@@ -23,7 +23,7 @@ class StepSamples:
     """Noted by the engine thread, taken by another one."""
 
     def __init__(self) -> None:
-        self._samples: deque[_Sample] = deque(maxlen=_MOST)
+        self._samples = _no_samples()
 
     def note(self, batch: StepBatch, header: ResultHeader, *, seconds: float | None) -> None:
         """A step is through.
@@ -34,16 +34,22 @@ class StepSamples:
         if header.held_seconds or batch.header.copies:
             return  # it waited for a refactoring
         outside_s = None if seconds is None else max(0.0, seconds - sum(header.stage_seconds))
-        self._samples.append(_Sample(batch, header, outside_s))
+        self._samples[batch.header.num_tokens.bit_length()].append(_Sample(batch, header, outside_s))
 
     def take(self, *, epoch: int) -> list[MeasuredStep]:
-        """Those of ``epoch`` since the last call; the others are forgotten."""
-        samples = [self._samples.popleft() for _ in range(len(self._samples))]
+        """Those of ``epoch`` since the last call, in the order made; the others are forgotten."""
+        taken, self._samples = self._samples, _no_samples()
+        # Copies, as the engine thread may still be noting one.
+        samples = sorted((s for kind in list(taken.values()) for s in list(kind)), key=lambda s: s.header.step)
         return [
             MeasuredStep(shape=step_shape(s.batch), compute_s=sum(s.header.stage_seconds), outside_s=s.outside_s)
             for s in samples
             if s.header.epoch == epoch
         ]
+
+
+def _no_samples() -> defaultdict[int, deque[_Sample]]:
+    return defaultdict(lambda: deque(maxlen=_MOST))
 
 
 def step_shape(batch: StepBatch) -> StepShape:

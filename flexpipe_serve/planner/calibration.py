@@ -1,13 +1,15 @@
 """What the profile leaves out, learnt from the steps that a pipeline makes: pure code.
 
-The profile is measured on an idle machine. Under load clients, proxy and Router take turns with the stages on the same
-cores, and stages wake each other up later. What is learnt goes into the profile, and so into every candidate's
-prediction alike: what belongs to a message is paid for each message, what belongs to a stage for each stage.
+The profile is measured on an idle machine, at some hour. Under load clients, proxy and Router take turns with the
+stages on the same cores, short steps suffer more of it than long ones, and a machine's speed is not the same every
+day. So computing is corrected by a factor that may depend on the size of the step, and so are messages. Whatever the
+factors are, they hold for all of a step, so that no cut and no candidate is favoured by them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 
 import msgspec
 import numpy as np
@@ -17,14 +19,26 @@ from flexpipe_serve.planner.memory import slices_of
 from flexpipe_serve.planner.profile import Curve, ModelProfile, StepShape
 from flexpipe_serve.planner.types import Calibration, Split
 
-_KEPT = 0.995
-"""Of the weight of what was seen, at each further step: the last 200 count."""
-_NOISE = 0.15
-"""Of a step's time, by which it varies for no reason."""
+_NUM_KINDS = 14
+"""Steps of about 1, 2, 4, ... 8192 tokens are of a kind each; larger ones are of the last."""
+_LEVEL = 0.4
+"""Belief about a factor's logarithm: the deviation of what all kinds of steps have in common ..."""
+_SHAPE = 0.2
+"""... of what each has beside that, ..."""
+_REACH = 3.0
+"""... and over how many kinds that is much the same."""
+_NOISE = 0.8
+"""Deviation of the logarithm that a single step tells. Steps vary by less, yet those of one moment vary together."""
+_MODEL_ERROR = 0.05
+"""The same of any number of steps of a kind: they differ in more than their size."""
+_MEMORY = 50.0
+"""Steps of its kind that one counts among, ..."""
+_FADING = 1000.0
+"""... and steps of any kind after which it is as good as forgotten."""
 _MOST = 2.0
 """A step that took more times what was expected, or less, was disturbed and counts as if it had taken so many times."""
 _MOVED = 0.04
-"""Of a step's time, by which predictions must have moved before they are made anew: candidates are kept meanwhile."""
+"""Of the steps' time, by which predictions must have moved before they are made anew: candidates are kept meanwhile."""
 
 
 class MeasuredStep(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,147 +56,122 @@ class StepCalibration:
 
     def __init__(self) -> None:
         self._profile: ModelProfile | None = None
-        self._calibrated: ModelProfile | None = None
-        self._applied = Calibration()
-        self._num_steps = 0
 
     @property
     def applied(self) -> Calibration:
         """What the profile is corrected by at present."""
-        return self._applied
+        return self._applied if self._profile is not None else Calibration()
 
-    def note(self, profile: ModelProfile, split: Split, steps: Sequence[MeasuredStep]) -> None:
-        """Steps that a pipeline of ``split`` made.
+    def note(self, profile: ModelProfile, split: Split, steps: Iterable[MeasuredStep]) -> None:
+        """Steps that a pipeline of ``split`` made, the first of its pipelines if it has several.
 
         Args:
             profile: as measured.
         """
-        if profile is not self._profile:
-            self._begin(profile)
+        self._begin(profile)
         devices = split.devices[: split.num_stages]
         slices = slices_of(split.boundaries, profile.num_layers)
-        per_stage_s = sum(1 / device.speed for device in devices) * self._stage_unit_s
-        per_sample_s = self._sample_unit_s / devices[-1].speed
+        messages_s = len(slices) * profile.hop_s + profile.step_s
         for step in steps:
             compute_s = sum(
                 profile.stage_seconds(start, stop, step.shape, speed=device.speed)
                 for device, (start, stop) in zip(devices, slices, strict=True)
             )
-            self._compute.note((compute_s, per_stage_s, per_sample_s * step.shape.num_samples), step.compute_s)
+            self._compute.note(step.shape.num_tokens, compute_s, step.compute_s)
             if step.outside_s is not None:
-                self._outside.note((len(slices) * profile.hop_s, profile.step_s), step.outside_s)
-        self._num_steps += len(steps)
+                self._messages.note(step.shape.num_samples, messages_s, step.outside_s)
+            self._num_steps += 1
+        self._compute.solve()
+        self._messages.solve()
 
     def calibrated(self, profile: ModelProfile) -> ModelProfile:
         """The profile with the corrections; the same object until they have moved."""
-        if profile is not self._profile:
-            self._begin(profile)
-        found = self._found()
-        if self._calibrated is None or self._has_moved(found):
-            self._applied = found
-            self._calibrated = apply(found, profile)
+        self._begin(profile)
+        moved_s = self._compute.moved_s + self._messages.moved_s
+        if moved_s > _MOVED * (self._compute.told_s + self._messages.told_s):
+            compute, messages = self._compute.tell(), self._messages.tell()
+            self._applied = Calibration(compute=compute, messages=messages, num_steps=self._num_steps)
+            self._calibrated = apply(self._applied, profile)
         return self._calibrated
 
     def _begin(self, profile: ModelProfile) -> None:
-        self._profile, self._calibrated, self._num_steps = profile, None, 0
-        # The belief is of this size; a share of what a step takes beside its layers.
-        self._stage_unit_s = profile.stage_s + profile.hop_s + 1e-9
-        self._sample_unit_s = profile.step_s / 2 + 1e-9
-        self._compute = _Fit(means=(1.0, 0.0, 0.0), deviations=(1.0, 1.0, 1.0))
-        self._outside = _Fit(means=(1.0, 1.0), deviations=(3.0, 3.0))
-
-    def _found(self) -> Calibration:
-        compute, per_stage, per_sample = (float(factor) for factor in self._compute.factors)
-        hop, router = (float(factor) for factor in self._outside.factors)
-        return Calibration(
-            compute=compute,
-            stage_s=per_stage * self._stage_unit_s,
-            sample_s=per_sample * self._sample_unit_s,
-            hop=hop,
-            router=router,
-            num_steps=self._num_steps,
-        )
-
-    def _has_moved(self, found: Calibration) -> bool:
-        old = self._applied
-        compute_s, stages, samples = self._compute.mean_parts / (1.0, self._stage_unit_s, self._sample_unit_s)
-        hops_s, router_s = self._outside.mean_parts
-        moved_s = (
-            abs(found.compute - old.compute) * compute_s
-            + abs(found.stage_s - old.stage_s) * stages
-            + abs(found.sample_s - old.sample_s) * samples
-            + abs(found.hop - old.hop) * hops_s
-            + abs(found.router - old.router) * router_s
-        )
-        return bool(moved_s > _MOVED * (old.compute * compute_s + old.hop * hops_s + old.router * router_s))
+        if profile is self._profile:
+            return
+        self._profile = self._calibrated = profile
+        self._applied, self._num_steps = Calibration(), 0
+        self._compute, self._messages = _Factors(), _Factors()
 
 
 def apply(calibration: Calibration, profile: ModelProfile) -> ModelProfile:
-    """The profile of a pipeline under such conditions."""
-    factor = calibration.compute
-    return msgspec.structs.replace(
-        profile,
-        layer=_scaled(profile.layer, factor),
-        context_token_s=profile.context_token_s * factor,
-        pair_s=profile.pair_s * factor,
-        embedding=_scaled(profile.embedding, factor),
-        head=_scaled(profile.head, factor, slope_s=calibration.sample_s),
-        stage_s=profile.stage_s * factor + calibration.stage_s,
-        hop_s=profile.hop_s * calibration.hop,
-        step_s=profile.step_s * calibration.router,
-    )
-
-
-def _scaled(curve: Curve, factor: float, *, slope_s: float = 0.0) -> Curve:
-    counts = curve.counts
-    if slope_s and len(counts) == 1:
-        counts = (counts[0], counts[0] + 1)
-    return Curve(counts=counts, seconds=tuple(factor * curve.at(count) + slope_s * count for count in counts))
-
-
-class _Fit:
-    """Factors of the parts that a time is made of, by least squares over relative times with older ones counting less
-    and less. It starts from a belief, which is left where steps say otherwise; what they cannot tell apart goes where
-    the belief allows most. No factor is negative.
+    """The profile of a pipeline under such conditions.
 
     Args:
-        means: of the belief.
-        deviations: of the belief.
+        profile: as measured.
+    """
+    return msgspec.structs.replace(profile, compute_factor=calibration.compute, message_factor=calibration.messages)
+
+
+def _covariance() -> npt.NDArray[np.float64]:
+    kinds = np.arange(_NUM_KINDS)
+    distance = np.abs(kinds[:, None] - kinds)
+    covariance: npt.NDArray[np.float64] = _LEVEL**2 + _SHAPE**2 * np.exp(-distance / _REACH)
+    return covariance
+
+
+class _Factors:
+    """How many times longer than expected steps take, by kind: Gaussian process regression over the logarithms.
+
+    Each kind has the mean of its latest steps. The fewer and older they are, the more is taken from its neighbours, and
+    where there is nothing from the belief that the profile is right.
     """
 
-    factors: npt.NDArray[np.float64]
-    mean_parts: npt.NDArray[np.float64]
-    """Seconds, over the steps seen."""
+    _BELIEF = _covariance()
 
-    def __init__(self, *, means: Sequence[float], deviations: Sequence[float]) -> None:
-        self._means = np.array(means)
-        self._squares = self._belief = np.diag(1 / np.square(deviations))
-        self._products = self._belief @ self._means
-        self._weight = 0.0
-        self.factors = self._means
-        self.mean_parts = np.zeros(len(means))
+    def __init__(self) -> None:
+        self._weights = np.zeros(_NUM_KINDS)
+        self._expected_s = np.zeros(_NUM_KINDS)
+        self._seen_s = np.zeros(_NUM_KINDS)
+        self._logs = np.zeros(_NUM_KINDS)
+        self._told = np.zeros(_NUM_KINDS)
 
-    def note(self, parts: Sequence[float], seconds: float) -> None:
-        """A time, and its parts in seconds, to be multiplied by the factors."""
-        row = np.array(parts)
-        believed_s = float(row @ self._means)
-        if believed_s <= 0:
+    def note(self, count: float, expected_s: float, seen_s: float) -> None:
+        """A step of ``count`` tokens or samples."""
+        kind = min(_NUM_KINDS - 1, round(math.log2(max(1.0, count))))
+        likely_s = expected_s * math.exp(self._logs[kind])
+        seen_s = min(max(seen_s, likely_s / _MOST), likely_s * _MOST)
+        self._weights *= 1 - 1 / _FADING
+        weight = self._weights[kind] = min(self._weights[kind] + 1, _MEMORY)
+        self._expected_s[kind] += (expected_s - self._expected_s[kind]) / weight
+        self._seen_s[kind] += (seen_s - self._seen_s[kind]) / weight
+
+    def solve(self) -> None:
+        """Take in what was noted."""
+        seen = np.flatnonzero(self._weights)
+        if not len(seen):
             return
-        self._weight = _KEPT * self._weight + 1
-        self.mean_parts = self.mean_parts + (row - self.mean_parts) / self._weight
-        row /= believed_s
-        expected = float(row @ self.factors)
-        seen = min(max(seconds / believed_s, expected / _MOST), expected * _MOST)
-        # What is forgotten goes back to the belief.
-        self._squares = _KEPT * self._squares + (1 - _KEPT) * self._belief + np.outer(row, row) / _NOISE**2
-        self._products = _KEPT * self._products + (1 - _KEPT) * (self._belief @ self._means) + row * (seen / _NOISE**2)
-        self.factors = self._solve()
+        errors = np.diag(_NOISE**2 / self._weights[seen] + _MODEL_ERROR**2)
+        logs = np.log(self._seen_s[seen] / self._expected_s[seen])
+        covariance = self._BELIEF[np.ix_(seen, seen)]
+        self._logs = self._BELIEF[:, seen] @ np.linalg.solve(covariance + errors, logs)
 
-    def _solve(self) -> npt.NDArray[np.float64]:
-        kept = np.arange(len(self._means))
-        while True:
-            factors = np.zeros(len(self._means))
-            factors[kept] = np.linalg.solve(self._squares[np.ix_(kept, kept)], self._products[kept])
-            if (factors >= 0).all():
-                return factors
-            kept = kept[factors[kept] > 0]
+    @property
+    def moved_s(self) -> float:
+        """By which the steps seen would be predicted otherwise than told last."""
+        return float(self._weights @ (self._expected_s * np.abs(np.exp(self._logs) - np.exp(self._told))))
+
+    @property
+    def told_s(self) -> float:
+        """Of the steps seen, as told last."""
+        return float(self._weights @ (self._expected_s * np.exp(self._told)))
+
+    def tell(self) -> Curve:
+        """The factors."""
+        self._told = self._logs
+        return _curve(np.exp(self._logs))
+
+
+def _curve(factors: npt.NDArray[np.float64]) -> Curve:
+    """Level behind the last kind."""
+    counts = tuple(2.0**kind for kind in range(_NUM_KINDS + 1))
+    values = tuple(round(float(factor), 4) for factor in factors)
+    return Curve(counts=counts, seconds=(*values, values[-1]))

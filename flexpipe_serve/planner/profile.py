@@ -15,8 +15,8 @@ _NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Curve(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds by a count: linear between the measured points, beyond the last by the last slope, level before the
-    first."""
+    """Seconds, or a factor of them, by a count: linear between the measured points, beyond the last by the last slope,
+    level before the first."""
 
     counts: tuple[float, ...]
     """Rising; at least one."""
@@ -32,6 +32,9 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
             right -= 1
         before, since = counts[right - 1], seconds[right - 1]
         return since + (seconds[right] - since) / (counts[right] - before) * (count - before)
+
+
+_AS_MEASURED = Curve(counts=(1.0,), seconds=(1.0,))
 
 
 class StepShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,13 +97,18 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     error_max: float = 0.0
     others_share: float = 0.0
     """Of the machine's cores, what other work took while it was measured: with much of it the times are too long."""
+    compute_factor: Curve = _AS_MEASURED
+    """By which live steps take longer than all of a stage's times here, by new tokens of the step; see
+    :mod:`flexpipe_serve.planner.calibration`."""
+    message_factor: Curve = _AS_MEASURED
+    """The same of ``hop_s`` and ``step_s``, by sequences that get a token."""
 
     @property
     def num_layers(self) -> int:
         return len(self.layer_scale)
 
     def layer_seconds(self, shape: StepShape) -> float:
-        """One layer of scale 1."""
+        """One layer of scale 1, as measured."""
         attention = self.context_token_s * shape.num_context_tokens + self.pair_s * shape.num_pairs
         return self.layer.at(shape.num_tokens) + attention
 
@@ -116,7 +124,7 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
             seconds += self.embedding.at(shape.num_tokens)
         if stop == self.num_layers:
             seconds += self.head.at(shape.num_samples)
-        return seconds / speed
+        return seconds * self.compute_factor.at(shape.num_tokens) / speed
 
     def stage_bytes(self, start: int, stop: int) -> int:
         """Weights of a stage."""

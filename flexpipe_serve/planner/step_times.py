@@ -27,6 +27,9 @@ class _Work(NamedTuple):
         return _Work(*(a + b for a, b in zip(self, other, strict=True)))
 
 
+_NOTHING = _Work(0.0, 0.0, 0.0, 0.0)
+
+
 class StepTimes:
     """Times of steps on one of a split's pipelines, on the slowest where they differ; and the KV that it has room for.
 
@@ -67,10 +70,10 @@ class StepTimes:
                 before = by_compute.get(device.compute)
                 by_compute[device.compute] = of_stage if before is None else before + of_stage
             computes += by_compute.values()
-            outside = _Work(len(work) * profile.hop_s + profile.step_s, 0.0, 0.0, 0.0)
-            passes.append(sum(by_compute.values(), outside))
+            passes.append(sum(by_compute.values(), _NOTHING))
             depths.append(len(by_compute))
         self.depth = min(depths)
+        self._messages_s = len(work) * profile.hop_s + profile.step_s
         self._computes = _undominated(computes)
         self._passes = _undominated(passes)
 
@@ -81,12 +84,14 @@ class StepTimes:
         layer_s = profile.layer_seconds(shape)
         embedding_s = profile.embedding.at(shape.num_tokens)
         head_s = profile.head.at(shape.num_samples)
-        pass_s, busiest_s = 0.0, profile.step_s
+        pass_s = busiest_s = 0.0
         for fixed, layers, embeddings, heads in self._computes:
             busiest_s = max(busiest_s, fixed + layers * layer_s + embeddings * embedding_s + heads * head_s)
         for fixed, layers, embeddings, heads in self._passes:
             pass_s = max(pass_s, fixed + layers * layer_s + embeddings * embedding_s + heads * head_s)
-        return pass_s, busiest_s
+        compute = profile.compute_factor.at(shape.num_tokens)
+        messages = profile.message_factor.at(shape.num_samples)
+        return compute * pass_s + messages * self._messages_s, max(compute * busiest_s, messages * profile.step_s)
 
 
 def _undominated(works: Iterable[_Work]) -> list[_Work]:

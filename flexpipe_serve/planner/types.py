@@ -6,6 +6,10 @@ from enum import StrEnum
 
 import msgspec
 
+from flexpipe_serve.planner.profile import Curve
+
+_ONCE = Curve(counts=(1.0,), seconds=(1.0,))
+
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
     """What clients ask for, as seen at one moment (F8, F16)."""
@@ -91,18 +95,12 @@ class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """What live steps say of the profile: by what its times are multiplied, and what comes on top."""
+    """What live steps say of the profile: how many times longer than there everything takes."""
 
-    compute: float = 1.0
-    """Factor of all that stages compute."""
-    stage_s: float = 0.0
-    """On top, in each stage at each step."""
-    sample_s: float = 0.0
-    """On top, for each token that a step brings: Router, HTTP and proxy, where they use the stages' cores."""
-    hop: float = 1.0
-    """Factor of a message's time."""
-    router: float = 1.0
-    """Factor of the Router's own part of a step."""
+    compute: Curve = _ONCE
+    """Stages, by new tokens of the step."""
+    messages: Curve = _ONCE
+    """Hops and the Router's part, by sequences that get a token."""
     num_steps: int = 0
     """That say so."""
 

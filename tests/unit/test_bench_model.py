@@ -20,6 +20,7 @@ from flexpipe_serve.bench.model_run import Load
 from flexpipe_serve.bench.wave import Wave
 from flexpipe_serve.cli import main
 from flexpipe_serve.planner.latency import predict
+from flexpipe_serve.planner.profile import Curve
 from flexpipe_serve.planner.types import Calibration, SchedulerLimits
 
 PROFILE = profile_of()
@@ -123,8 +124,9 @@ def test_a_rate_of_zero_is_refused(tmp_path: Any, capsys: pytest.CaptureFixture[
 def test_a_point_is_predicted_with_what_was_learnt_before_it() -> None:
     split = split_of(status_of(3, overheads=(1, 2)), PROFILE)
     plain = predict_point(PROFILE, split, ARRIVALS, rate=None, wave=WAVE)
-    slower = predict_point(PROFILE, split, ARRIVALS, rate=None, wave=WAVE, calibration=Calibration(compute=2.0))
+    twice = Calibration(compute=Curve(counts=(1.0,), seconds=(2.0,)))
+    slower = predict_point(PROFILE, split, ARRIVALS, rate=None, wave=WAVE, calibration=twice)
     few = predict_point(PROFILE, split, ARRIVALS, rate=None, wave=WAVE, limits=SchedulerLimits(max_num_seqs=1))
     assert slower.prediction.max_rate < 0.7 * plain.prediction.max_rate
     assert few.prediction.max_rate < plain.prediction.max_rate
-    assert to_json([slower], profile=PROFILE, settings={})["points"][0]["calibration"]["compute"] == 2.0
+    assert to_json([slower], profile=PROFILE, settings={})["points"][0]["calibration"]["compute"]["seconds"] == (2.0,)

@@ -78,9 +78,10 @@ class Pipelines:
             is_changing=self.is_changing,
         )
 
-    def take_steps(self) -> list[MeasuredStep]:
+    def take_steps(self) -> list[tuple[Split, list[MeasuredStep]]]:
         steps, self.steps = self.steps, []
-        return steps
+        half = len(steps) // 2
+        return [(self.split, steps[:half]), (ONE, steps[half:])]
 
     async def refactor(self, request: RefactorRequest) -> RefactorRecord:
         self.requests.append(request)
@@ -204,13 +205,14 @@ def test_what_steps_take_goes_into_the_profile(bench: Bench) -> None:
     assert bench.policy.profiles[-1] == PROFILE
     shape = StepShape(num_tokens=8, num_samples=8)
     compute_s = PROFILE.stage_seconds(0, 2, shape) + PROFILE.stage_seconds(2, 30, shape)
+    # Of two pipelines, which are cut in different ways.
     bench.pipelines.steps = [MeasuredStep(shape=shape, compute_s=1.5 * compute_s, outside_s=None)] * 64
     decision = bench.service.plan()
     assert decision.calibration.num_steps == 64
     assert bench.pipelines.steps == []
     slower = bench.policy.profiles[-1]
     assert slower.stage_seconds(0, 2, shape) + slower.stage_seconds(2, 30, shape) == pytest.approx(
-        1.5 * compute_s, rel=0.03
+        1.5 * compute_s, rel=0.06
     )
 
 

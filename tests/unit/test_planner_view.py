@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexpipe_serve.engine.planner_view import join_views, make_view, nodes_of
+from flexpipe_serve.engine.planner_view import join_views, make_view, nodes_of, own_computes
 from flexpipe_serve.engine.scheduler_config import SchedulerStats
 from flexpipe_serve.model.weight_sizes import WeightSizes
 from flexpipe_serve.pipeline.channel import Endpoint
@@ -124,3 +124,13 @@ def test_nodes_are_named_only_where_there_is_a_choice() -> None:
     assert nodes_of(split("a", "a"), known=["a", "b"]) == ("a", "a"), "not where else stages might be placed"
     several = Split(boundaries=(), devices=split("a", "b").devices, num_pipelines=2)
     assert nodes_of(several, known=["a", "b"]) == ("a",)
+
+
+def test_pipelines_that_take_turns_with_others_are_known() -> None:
+    def split(*computes: str) -> Split:
+        devices = tuple(StageDevice(name=name, node="a", compute=name, domain="a", memory_bytes=1) for name in computes)
+        return Split(boundaries=tuple(range(1, len(computes))), devices=devices)
+
+    assert own_computes([split("a", "a"), split("b", "c")]) == [True, True]
+    assert own_computes([split("a", "b"), split("b", "c"), split("d")]) == [False, False, True]
+    assert own_computes([]) == []
