@@ -74,7 +74,7 @@ class DemandMonitor:
 
     def finished(self, at: float, *, num_output_tokens: int, latency_s: float) -> None:
         """A request ended well, ``latency_s`` after it came; its tokens were told of as they came."""
-        self._output_lengths.ended(at)
+        self._output_lengths.ended(at, num_output_tokens)
         self._output_tokens.add(at, num_output_tokens)
         self._stalls.add(at, latency_s)
 

@@ -28,7 +28,7 @@ def play(lengths, requests, *, until, token_s=TOKEN_S):
         if num_tokens < length:
             heapq.heappush(events, (at + token_s, i, num_tokens + 1))
         elif ends_well:
-            lengths.ended(at)
+            lengths.ended(at, num_tokens)
     return lengths
 
 
@@ -61,17 +61,17 @@ def test_lengths_that_vary_without_a_bias_towards_the_short(kind):
 def test_longer_outputs_are_seen_long_before_one_has_ended():
     requests = [*steady(3.0, 2, begin=0.0, end=100.0), *steady(0.6, 224, begin=100.0, end=130.0)]
     lengths, seen = OutputLengths(), {}
-    events = sorted((at + i * TOKEN_S, i == 0, i == n) for at, n, _ in requests for i in range(n + 1))
+    events = sorted((at + i * TOKEN_S, i == 0, i == n, n) for at, n, _ in requests for i in range(n + 1))
     index = 0
     for second in range(1, 130):
         while index < len(events) and events[index][0] <= second:
-            at, is_arrival, is_end = events[index]
+            at, is_arrival, is_end, length = events[index]
             if is_arrival:
                 lengths.arrived(at)
             else:
                 lengths.generated(at, 1)
             if is_end:
-                lengths.ended(at)
+                lengths.ended(at, length)
             index += 1
         seen[second] = lengths.mean(float(second))
     assert seen[99] == pytest.approx(2.0, rel=0.1)
@@ -84,6 +84,23 @@ def test_shorter_outputs_are_seen_as_soon_as_they_end():
     requests = [*steady(0.6, 224, begin=0.0, end=100.0), *steady(3.0, 2, begin=100.0, end=125.0)]
     lengths = play(OutputLengths(), requests, until=125.0)
     assert lengths.mean(125.0) < 20
+
+
+def test_few_short_outputs_behind_a_burst_of_long_ones_are_believed():
+    """As on a server: 20 requests of 64 tokens at once, then 16 of 4, four at a time."""
+    burst = [(0.1 * i, 64, True) for i in range(20)]
+    short = [(10.0 + 2.0 * (i // 4), 4, True) for i in range(16)]
+    lengths = OutputLengths()
+    play(lengths, [*burst, *short], until=18.0)
+    assert lengths.mean(18.0) < 6
+
+
+@pytest.mark.parametrize("num_together", [12, 20, 64])
+def test_many_ends_at_once_are_no_short_outputs(num_together):
+    """Requests that came together end together; nothing has become shorter, however few tokens a short window holds."""
+    together = [(40.0 * (i // num_together), 400, True) for i in range(3 * num_together)]
+    lengths = play(OutputLengths(), together, until=100.02)
+    assert lengths.mean(100.02) == pytest.approx(400, rel=0.15)
 
 
 def test_what_fails_is_no_end():
@@ -120,7 +137,7 @@ def test_it_is_positive_and_bounded_whatever_happens(history, wait):
             lengths.generated(at, count)
             total += count
         else:
-            lengths.ended(at)
+            lengths.ended(at, min(count, total))
         assert 0 <= lengths.mean(at) <= 2 * total
     assert 0 <= lengths.mean(at + wait) <= 2 * total
     assert len(lengths._seconds) <= 181
