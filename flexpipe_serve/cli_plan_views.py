@@ -29,6 +29,12 @@ def decision_view(decision: Decision) -> RenderableType:
     ]
     if len(shown) < len(decision.candidates):
         parts.append(f"[dim]and {len(decision.candidates) - len(shown)} more, worse ones[/]")
+    if decision.calibration.num_steps:
+        factors = decision.calibration.compute.seconds
+        parts.append(
+            f"[dim]predicted by the profile's times, times {min(factors):.2f} to {max(factors):.2f} by the size of a"
+            f" step, as {decision.calibration.num_steps} live steps say[/]"
+        )
     took = f", decided in {seconds(decision.decision_s)}" if decision.decision_s else ""
     parts.append(f"[dim]policy {decision.policy}, trigger {decision.trigger}{took}[/]")
     return Group(*parts)

@@ -11,7 +11,9 @@ from flexpipe_serve import cli_plan
 from flexpipe_serve.bench.arrivals import gamma_arrivals
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.model.profile_cache import write_profile
+from flexpipe_serve.planner.profile import Curve
 from flexpipe_serve.planner.types import (
+    Calibration,
     CandidateScore,
     Decision,
     Demand,
@@ -162,6 +164,7 @@ def a_decision():
         chosen=other,
         sentence="Move: it pays.",
         decision_s=0.0005,
+        calibration=Calibration(compute=Curve(counts=(1.0, 512.0), seconds=(1.5, 1.2)), num_steps=77),
     )
 
 
@@ -186,4 +189,5 @@ def test_the_present_decision(monkeypatch, tmp_path, capsys):
     for part in ("move: Move: it pays.", "3.00 requests/s (+0.100/s each second)", "2 stages [6]", "∞", "1.40 s"):
         assert part in printed
     assert "memory" in printed
+    assert "times 1.20 to 1.50 by the size of a step, as 77 live steps say" in printed.replace("\n", " ")
     assert from_wire(json.loads(content.read_bytes())) == a_decision()
