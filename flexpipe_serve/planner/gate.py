@@ -90,13 +90,12 @@ class Gate:
         """The split in force is another one than before."""
         self._grew = grew
 
-    @staticmethod
-    def relieves(present: CandidateScore, best: CandidateScore) -> bool:
-        """Whether ``best`` is a way out of saturation: it sustains what is asked for, which the present split does not,
-        and clearly more than that."""
+    def is_way_out(self, present: CandidateScore, best: CandidateScore, *, present_total_s: float) -> bool:
+        """Whether ``best`` sustains what is asked for, which the present split does not, and loses no more latency over
+        the horizon than a margin: in the long run it saves all."""
         return (
             present.prediction.utilisation >= 1 > best.prediction.utilisation
-            and best.prediction.max_rate > _CLEARLY_MORE * present.prediction.max_rate
+            and best.gain_s > best.cost_s - self._weights.margin * present_total_s
         )
 
     def judge(
@@ -124,7 +123,10 @@ class Gate:
             return Judgement(Verdict.STAY, "nothing else would be faster")
         by_chance = 1 / math.sqrt(1 + better_for_s / weights.horizon_s)
         margin_s = weights.margin * max(_LEAST_OF_MARGIN, by_chance) * present_total_s
-        relieves = self.relieves(present, best)
+        relieves = (
+            self.is_way_out(present, best, present_total_s=present_total_s)
+            and best.prediction.max_rate > _CLEARLY_MORE * present.prediction.max_rate
+        )
         words = describe(best.split, present=present.split)
         pays = best.gain_s > best.cost_s + margin_s
         numbers = (

@@ -88,8 +88,14 @@ class GatedPolicy:
                 better.add(candidate.place)
         if state.trigger is not Trigger.ASKED:
             self._better_since = {place: self._better_since.get(place, state.now) for place in better}
-        # A way out of saturation comes before what saves more and is saturated too.
-        scores.sort(key=lambda s: (s.refused is None, self._gate.relieves(current, s), s.score), reverse=True)
+        total_s = present.latency_s * demand.rate * self._weights.horizon_s
+
+        def order(score: CandidateScore) -> tuple[bool, bool, float]:
+            # A way out of saturation comes before what saves more and is saturated too.
+            is_way_out = self._gate.is_way_out(current, score, present_total_s=total_s)
+            return score.refused is None, is_way_out, score.score
+
+        scores.sort(key=order, reverse=True)
         chosen = None
         if demand.rate <= 0:
             why = "nobody asks for anything"

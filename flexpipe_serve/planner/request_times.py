@@ -12,6 +12,9 @@ from flexpipe_serve.planner.types import Demand
 
 _BATCHES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 """Sequences present at which times are worked out, beside all places; between them times are linear."""
+_PREEMPTIONS = 3.0
+"""Of a sequence that is nearly all output and has the memory to itself; fitted to simulations of the scheduler, where 3
+to 25 sequences fit."""
 
 
 class Times(NamedTuple):
@@ -57,7 +60,10 @@ class RequestTimes:
     def at(self, index: int) -> Times:
         """With ``batches[index]`` sequences present."""
         if index not in self._known:
-            self._known[index] = self._work_out(self.batches[index])
+            times = self._work_out(self.batches[index])
+            if index == len(self.batches) - 1 and self.num_places < self._steps.limits.max_num_seqs:
+                times = self._with_preemptions(times)
+            self._known[index] = times
         return self._known[index]
 
     def with_seqs(self, num_seqs: float) -> Times:
@@ -99,6 +105,19 @@ class RequestTimes:
             prefill_s=prefill_s,
             token_s=token_s,
             residence_s=prefill_s + self._num_decodes * token_s,
+        )
+
+    def _with_preemptions(self, times: Times) -> Times:
+        """Where memory is full: sequences are admitted by their prompts, grow, and now and then there is no room for
+        all. Then one leaves and is computed again, and all wait for that. By so much more than fits as independent
+        lengths vary, so the less the more sequences there are."""
+        grown = self._num_decodes / (self._prompt_tokens + self._num_decodes)
+        num_again = _PREEMPTIONS * grown / math.sqrt(times.num_seqs)
+        num_tokens = self._prompt_tokens + self._num_decodes / 2
+        _, busiest_s = self._steps.at(StepShape(num_tokens=num_tokens, num_samples=0.0, num_pairs=num_tokens**2 / 2))
+        again_s = num_again * times.num_seqs * busiest_s
+        return times._replace(
+            token_s=times.token_s + again_s / max(1.0, self._num_decodes), residence_s=times.residence_s + again_s
         )
 
     def _with_chunks(

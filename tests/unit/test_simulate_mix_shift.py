@@ -79,6 +79,18 @@ def test_unequal_stages_are_predicted_as_they_are_simulated(boundary: int) -> No
     assert predict(PROFILE, split_of(boundary), demand).latency_s == pytest.approx(seen, rel=0.2)
 
 
+@pytest.mark.parametrize("boundary", [BALANCED, 17, 20])
+@pytest.mark.parametrize("num_output_tokens", [100, 160])
+def test_what_is_sustained_where_kv_is_short_has_its_preemptions(boundary: int, num_output_tokens: int) -> None:
+    """Without them it was a quarter too much, and the planner saw no reason to leave."""
+    mix = Mix("burst", 32, num_output_tokens)
+    result = Simulation(PROFILE, mix.requests(60), split=split_of(boundary), devices=(SLOW, FAST)).run()
+    assert result.num_preemptions > 20
+    demand = make_demand(1.0, cv=0.1, prompt_tokens=32, output_tokens=num_output_tokens)
+    sustained = 60 / result.duration_s
+    assert predict(PROFILE, split_of(boundary), demand).max_rate == pytest.approx(sustained, rel=0.12)
+
+
 @pytest.mark.parametrize("boundary", [14, BALANCED])
 def test_layers_leave_the_stage_without_room_when_outputs_get_long(boundary: int) -> None:
     """A planner that sees the new lengths late moves them there: it looks as if requests were few and short."""
