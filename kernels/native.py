@@ -122,6 +122,10 @@ def _load(path: Path) -> ctypes.CDLL:
         *(pointer, pointer, threads),
     )
     library.flexpipe_layers.argtypes = (pointer, pointer, count, pointer, pointer, pointer, count, threads)
-    for name in ("flexpipe_linear", "flexpipe_rows", "flexpipe_attention", "flexpipe_layers"):
+    library.flexpipe_await_hop.argtypes = (pointer, threads, threads)
+    library.flexpipe_await_hop.restype = threads
+    library.flexpipe_run_hop.argtypes = (pointer,)
+    names = ("flexpipe_linear", "flexpipe_rows", "flexpipe_attention", "flexpipe_layers", "flexpipe_run_hop")
+    for name in names:
         getattr(library, name).restype = None
     return library

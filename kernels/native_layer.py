@@ -78,6 +78,23 @@ class NativeLayer:
         self.address = ctypes.addressof(self._struct)
 
 
+class LayerRun:
+    """Layers and their KV as the kernels take them. Keeps both.
+
+    Args:
+        layers: at least one.
+        kvs: each layer's segment, as the attention backends take it.
+    """
+
+    def __init__(self, layers: Sequence[NativeLayer], kvs: Sequence[torch.Tensor]) -> None:
+        pointers = ctypes.c_void_p * len(layers)
+        self.library = layers[0].library
+        self.num_layers = len(layers)
+        self.layers = pointers(*(layer.address for layer in layers))
+        self.kvs = pointers(*(kv.data_ptr() for kv in kvs))
+        self._kept = (layers, kvs)
+
+
 def run_layers(
     layers: Sequence[NativeLayer],
     hidden: torch.Tensor,
@@ -96,9 +113,9 @@ def run_layers(
         plan: of :class:`~flexpipe_serve.kernels.native_attention.NativeAttention`.
     """
     out, rotary = hidden.clone(memory_format=torch.contiguous_format), rotary.contiguous()
-    pointers = ctypes.c_void_p * len(layers)
-    layers[0].library.flexpipe_layers(
-        *(pointers(*(layer.address for layer in layers)), pointers(*(kv.data_ptr() for kv in kvs)), len(layers)),
+    run = LayerRun(layers, kvs)
+    run.library.flexpipe_layers(
+        *(run.layers, run.kvs, run.num_layers),
         *(ctypes.byref(plan.batch), out.data_ptr(), rotary.data_ptr(), len(out), native_threads()),
     )
     return out

@@ -7,6 +7,8 @@ import time
 import uuid
 from dataclasses import replace
 
+import numpy as np
+
 from flexpipe_serve.errors import EngineUnavailableError
 from flexpipe_serve.kv.domain import DomainFolder
 from flexpipe_serve.model.profile_steps import decodes, make_step, num_blocks_of
@@ -75,7 +77,8 @@ def measure_hop(setup: StageSetup, *, num_layers: int, vocab_size: int, num_thre
             if isinstance(header, FailureHeader):
                 raise EngineUnavailableError(f"{header.stage} failed: {header.message}")
             assert isinstance(header, HiddenHeader), header
-            seconds.append((elapsed - sum(header.stage_seconds)) / _NUM_HOPS)
+            stage_seconds: list[float] = np.frombuffer(answer[1], np.float64)[1:].tolist()
+            seconds.append((elapsed - sum(stage_seconds)) / _NUM_HOPS)
         return statistics.median(seconds[_NUM_WARM_UP:])
     finally:
         for outlet in outlets:

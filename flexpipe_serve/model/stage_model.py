@@ -21,7 +21,7 @@ from flexpipe_serve.kernels.linear import (
     pack_weight,
 )
 from flexpipe_serve.kernels.native_attention import NativeAttention, NativePlan
-from flexpipe_serve.kernels.native_layer import NativeLayer, run_layers
+from flexpipe_serve.kernels.native_layer import LayerRun, NativeLayer, run_layers
 from flexpipe_serve.model.checkpoint import Checkpoint
 from flexpipe_serve.model.freed_memory import return_freed_memory
 from flexpipe_serve.model.fused_layer import FusedLayer
@@ -197,10 +197,7 @@ class StageModel:
         Returns:
             Hidden states [num_tokens, hidden_size], before the final norm.
         """
-        hidden = inputs
-        if is_first:
-            assert self._embedding is not None, "the embedding is not loaded"
-            hidden = self._embedding.rows(inputs)
+        hidden = self.embed(inputs) if is_first else inputs
         if isinstance(plan, NativePlan) and (natives := self._natives(layers)):
             return run_layers(natives, hidden, rotary, kvs=[kv[index] for index in layers], plan=plan)
         context = StepContext(rotary=rotary, attention=self._attention, plan=plan)
@@ -208,6 +205,17 @@ class StageModel:
             # Looked up one by one: holding them all would leave it to this thread to free what is dropped meanwhile.
             hidden = self._layers[index].forward(hidden, context, kv[index])
         return hidden
+
+    @torch.inference_mode()
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states [n, hidden_size] of token ids int64 [n]; where the embedding is loaded."""
+        assert self._embedding is not None, "the embedding is not loaded"
+        return self._embedding.rows(ids)
+
+    def layer_run(self, layers: range, kv: Mapping[int, torch.Tensor]) -> LayerRun | None:
+        """Some of the layers held as the kernels in C++ compute them, with their segments; None where they do not."""
+        natives = self._natives(layers) if self.is_native else []
+        return LayerRun(natives, [kv[index] for index in layers]) if natives else None
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

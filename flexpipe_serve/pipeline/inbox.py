@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import zmq
+from typing import TYPE_CHECKING
 
 from flexpipe_serve.pipeline.channel import CurveKeys, Endpoint, Outlet
 from flexpipe_serve.pipeline.messages import Frame
 from flexpipe_serve.pipeline.tcp_channel import TcpListener, TcpOutlet
 from flexpipe_serve.pipeline.unix_channel import UnixListener, UnixOutlet
+
+if TYPE_CHECKING:  # it needs torch, which whoever only sends and receives does not
+    from flexpipe_serve.pipeline.native_hop import NativeHop
 
 
 class Inbox:
@@ -28,33 +30,51 @@ class Inbox:
     """
 
     def __init__(self, name: str, *, folder: Path, node: str, keys: CurveKeys | None = None) -> None:
-        self._messages: deque[Sequence[Frame]] = deque()
-        self._poller = zmq.Poller()  # takes plain file descriptors as well
-        self._handlers: dict[Any, Callable[[], None]] = {}
-        take = self._messages.append
-        unix = UnixListener(folder / f"{name}.sock", watch=self._watch, unwatch=self._unwatch, take=take)
+        self._messages: deque[tuple[Sequence[Frame], int | None]] = deque()
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[], None]] = {}
+        unix = UnixListener(folder / f"{name}.sock", watch=self._watch, unwatch=self._unwatch, take=self._take)
+        self._unix = unix
         self._listeners: list[UnixListener | TcpListener] = [unix]
         tcp = ""
         if keys is not None:
-            listener = TcpListener(keys, watch=self._watch, unwatch=self._unwatch, take=take)
+            listener = TcpListener(keys, watch=self._watch, unwatch=self._unwatch, take=self._take)
             self._listeners.append(listener)
             tcp = listener.address
         self.endpoint = Endpoint(node=node, ipc=str(unix.path), tcp=tcp)
+        self.connection: int | None = None
+        """By which the last message came: the file descriptor, or None for tcp."""
         self._wake_lock = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._is_woken = False
         self._watch(self._wake_fd, self._on_wake)
 
-    def receive(self, timeout_s: float) -> Sequence[Frame] | None:
-        """The next message, or None: the time is over, or somebody called ``wake``."""
+    def receive(self, timeout_s: float, hop: NativeHop | None = None) -> Sequence[Frame] | None:
+        """The next message, or None: the time is over, or somebody called ``wake``.
+
+        Args:
+            hop: given, its message is not returned: the hop has taken it where None is returned and ``hop.is_done``.
+        """
         while not self._messages:
-            ready = self._poller.poll(int(timeout_s * 1000))
+            if hop is not None and self._unix.is_between_messages(hop.connection):
+                read = hop.wait(self._epoll.fileno(), timeout_s)
+                if hop.is_done:
+                    return None
+                if read is not None:
+                    self._unix.take_read(hop.connection, read)
+                    hop = None
+                    continue
+                timeout_s = 0.0  # it has waited
+            ready = self._epoll.poll(timeout_s)
             for source, _ in ready:
                 self._handlers[source]()
             if self._is_woken or not ready:
                 self._is_woken = False
                 break
-        return self._messages.popleft() if self._messages else None
+        if not self._messages:
+            return None
+        frames, self.connection = self._messages.popleft()
+        return frames
 
     def wake(self) -> None:
         """Let a waiting ``receive`` return None. The one method that any thread may call."""
@@ -69,13 +89,17 @@ class Inbox:
         with self._wake_lock:
             os.close(self._wake_fd)
             self._wake_fd = -1
+        self._epoll.close()
 
-    def _watch(self, source: Any, handler: Callable[[], None]) -> None:
-        self._poller.register(source, zmq.POLLIN)
+    def _take(self, frames: Sequence[Frame], connection: int | None = None) -> None:
+        self._messages.append((frames, connection))
+
+    def _watch(self, source: int, handler: Callable[[], None]) -> None:
+        self._epoll.register(source, select.EPOLLIN)
         self._handlers[source] = handler
 
-    def _unwatch(self, source: Any) -> None:
-        self._poller.unregister(source)
+    def _unwatch(self, source: int) -> None:
+        self._epoll.unregister(source)
         del self._handlers[source]
 
     def _on_wake(self) -> None:

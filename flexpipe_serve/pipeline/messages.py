@@ -73,16 +73,17 @@ class StepHeader(msgspec.Struct, frozen=True, array_like=True, tag="step", kw_on
 
 
 class HiddenHeader(msgspec.Struct, frozen=True, array_like=True, tag="hidden", kw_only=True):
-    """Stage to next stage: hidden states, one buffer ``[num_tokens, hidden_size]``."""
+    """Stage to next stage: hidden states.
+
+    Buffers: ``float64`` seconds (how long a refactoring held the step back in the stages passed so far, and the compute
+    time of each of those), and the states ``[num_tokens, hidden_size]``. The header has nothing in it that is not known
+    before the step is computed.
+    """
 
     epoch: int
     step: int
     shape: tuple[int, int]
     dtype: str
-    stage_seconds: tuple[float, ...]
-    """Compute time of each stage passed so far."""
-    held_seconds: float = 0.0
-    """How long a refactoring held the step back in the stages passed so far."""
 
 
 class LogprobResult(msgspec.Struct, frozen=True, array_like=True):
@@ -198,9 +199,14 @@ class StepBatch:
         ]
 
 
+def encode_header(header: Header) -> bytes:
+    """The first frame of a message."""
+    return _encoder.encode(header)
+
+
 def encode(header: Header, *buffers: Frame) -> list[Frame]:
     """Frames of a message without a body of its own class."""
-    return [_encoder.encode(header), *buffers]
+    return [encode_header(header), *buffers]
 
 
 def decode_header(frame: Frame) -> Header:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from flexpipe_serve.errors import EngineUnavailableError
+from flexpipe_serve.kernels.native_layer import LayerRun
 from flexpipe_serve.kv.block_copies import copy_blocks
 from flexpipe_serve.kv.stage_kv import StageKV
 from flexpipe_serve.pipeline.channel import Outlet
@@ -34,6 +35,7 @@ from flexpipe_serve.pipeline.messages import (
     decode_step,
     encode,
 )
+from flexpipe_serve.pipeline.native_hop import HiddenSource, NativeHop
 from flexpipe_serve.pipeline.prepared_step import PreparedStep
 from flexpipe_serve.pipeline.stage_copies import StageCopies
 from flexpipe_serve.pipeline.stage_types import Assignment
@@ -63,8 +65,22 @@ class _Route:
     def __init__(self, assignment: Assignment, outlet: Outlet) -> None:
         self.assignment = assignment
         self.outlet = outlet
+        self.run: LayerRun | None = None
+        """For native hops, where they are possible; of segments with ``num_blocks``."""
+        self.num_blocks = -1
+        self.source: HiddenSource | None = None
+        """Of the last hidden states, where they came over a unix socket."""
+        self.hop: NativeHop | None = None
+        """The last one."""
         self.queue: StepQueue[_Step, _Given] = StepQueue(needs_input=not assignment.is_first)
         self.last_step = 0
+        self.gives = False
+        """Whether KV that its steps write goes to another stage, which waits for it."""
+
+    @property
+    def starts(self) -> bool:
+        """Whether it begins a step and others go on with it."""
+        return self.assignment.is_first and not self.assignment.is_last
 
 
 class StageLoop:
@@ -93,6 +109,8 @@ class StageLoop:
         self._calls: queue.SimpleQueue[tuple[Callable[[], object], Future[object]]] = queue.SimpleQueue()
         self._patched_epochs: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._routes: dict[int, _Route] = {}
+        self._last_epoch = 0
+        """Of the hidden states that came last."""
         self._extra_seconds = 0.0
         """Refactoring work since the inbox was last seen empty or a step was charged with it."""
         self.num_steps = 0
@@ -136,7 +154,7 @@ class StageLoop:
         """Take messages until the stage is stopping."""
         while not self._stopping.is_set():
             # Without waiting, where it must be seen whether a message waited.
-            frames = self._inbox.receive(0.0 if self._extra_seconds else _POLL_S)
+            frames = self._receive(0.0 if self._extra_seconds else _POLL_S)
             self._take_calls()
             while not self._patched_epochs.empty():
                 self._run_steps(self._patched_epochs.get())
@@ -150,6 +168,58 @@ class StageLoop:
         self._take_calls()
         self.drop_all_routes()
         self.worker.close()
+
+    def _receive(self, timeout_s: float) -> Sequence[Frame] | None:
+        """The next message, after the step that came before it and was computed on the way."""
+        route = self._routes.get(self._last_epoch)
+        hop = None if route is None else self._next_hop(route)
+        frames = self._inbox.receive(timeout_s, hop)
+        if route is not None and hop is not None and hop.is_done:
+            self._finish_hop(route, hop)
+        return frames
+
+    def _next_hop(self, route: _Route) -> NativeHop | None:
+        """The step for which nothing but its hidden states is missing, where the kernels can take those."""
+        waiting = route.queue.next_waiting
+        if route.source is None or waiting is None or self._extra_seconds:
+            return None
+        step, patched_through = waiting
+        if isinstance(step, _BrokenStep) or not self._copies.is_patched(route.assignment.epoch, patched_through):
+            return None
+        hop = self._make_hop(route, step)
+        if hop is not None:
+            hop.linger(not route.assignment.is_last and not route.gives)
+        return hop
+
+    def _make_hop(self, route: _Route, step: PreparedStep) -> NativeHop | None:
+        if route.num_blocks != self._kv.num_blocks:
+            route.num_blocks = self._kv.num_blocks
+            route.run = self._computer.layer_run(route.assignment, self._kv)
+        if route.run is None or step.num_blocks > route.num_blocks:
+            return None
+        if route.hop is None or route.hop.is_spent or route.hop.step is not step:
+            route.hop = self._computer.make_hop(
+                step,
+                route.run,
+                source=route.source,
+                outlet=None if route.assignment.is_last else route.outlet,
+                used=route.hop,
+            )
+        return route.hop if route.hop is not None and route.hop.can_send else None
+
+    def _finish_hop(self, route: _Route, hop: NativeHop) -> None:
+        started = time.perf_counter()
+        route.queue.take_waiting()
+        header = hop.step.batch.header
+        computed: StepBatch | None = hop.step.batch
+        if route.assignment.is_last:
+            try:
+                frames = self._computer.finish(hop)
+            except Exception as error:  # process edge: a step that fails must not take the stage with it
+                logger.exception("%s: step %d failed", self._name, header.step)
+                frames, computed = encode(self._failure(header, error)), None
+            route.outlet.send(frames)
+        self._note_step(route, header, computed, seconds=hop.seconds + time.perf_counter() - started)
 
     def _take_calls(self) -> None:
         while not self._calls.empty():
@@ -171,6 +241,7 @@ class StageLoop:
         elif isinstance(header, CopyHeader):
             route = self._routes.get(header.old_epoch)
             if route is not None:
+                route.gives = True
                 self.worker.give(header, frames[1:], last_step=route.last_step)
         else:
             self._take_of_step(header, frames[1:], now=started)
@@ -191,6 +262,11 @@ class StageLoop:
                 given = self._computer.read_hidden(header, buffers) if isinstance(header, HiddenHeader) else header
             except ValueError as error:
                 given = self._failure(header, error)
+            if isinstance(given, Hidden):
+                connection = self._inbox.connection
+                num_times = 1 + len(given.stage_seconds)
+                route.source = None if connection is None else HiddenSource(connection, num_times)
+                self._last_epoch = header.epoch
             route.queue.add_input(header.step, given, now=now)
         self._run_steps(header.epoch)
 
@@ -224,6 +300,7 @@ class StageLoop:
         held_seconds = ready.held_seconds + self._extra_seconds
         self._extra_seconds = 0.0
         computed: StepBatch | None = None
+        frames: Sequence[Frame] | None
         try:
             if header.copies:
                 copy_blocks([self._kv[layer] for layer in route.assignment.layers], header.copies)
@@ -232,6 +309,9 @@ class StageLoop:
                 frames = encode(given)  # travels on, so that every stage drops the step in order
             elif isinstance(step, _BrokenStep):
                 frames = encode(self._failure(header, step.error))
+            elif route.starts and (hop := self._make_hop(route, step)):
+                self._computer.start(hop, held_seconds=held_seconds)
+                frames, computed = None, step.batch
             else:
                 frames = self._computer.run(
                     route.assignment,
@@ -245,10 +325,21 @@ class StageLoop:
         except Exception as error:  # process edge: a step that fails must not take the stage with it
             logger.exception("%s: step %d failed", self._name, header.step)
             frames = encode(self._failure(header, error))
-        route.outlet.send(frames)
+        if frames is not None:
+            route.outlet.send(frames)
+        self._note_step(route, header, computed, seconds=time.perf_counter() - started)
+
+    def _note_step(
+        self,
+        route: _Route,
+        header: StepHeader | HiddenHeader | FailureHeader,
+        computed: StepBatch | None,
+        *,
+        seconds: float,
+    ) -> None:
         route.last_step = header.step
         self.num_steps += 1
-        self.busy_seconds += time.perf_counter() - started
+        self.busy_seconds += seconds
         self.worker.on_step(header.epoch, header.step, computed)
 
     def _failure(self, header: StepHeader | HiddenHeader | FailureHeader, error: Exception) -> FailureHeader:

@@ -12,12 +12,14 @@ import torch
 
 from flexpipe_serve.kernels.attention import RaggedBatch
 from flexpipe_serve.kernels.native import set_native_threads
+from flexpipe_serve.kernels.native_layer import LayerRun
 from flexpipe_serve.kernels.registry import check_block_size, get_attention_backend
 from flexpipe_serve.kernels.sampling import prompt_logprobs, sample
 from flexpipe_serve.kv.segment import BlockShape
 from flexpipe_serve.model.fastest_linear import fastest_linear
 from flexpipe_serve.model.source import load_spec
 from flexpipe_serve.model.stage_model import StageModel
+from flexpipe_serve.pipeline.channel import Outlet
 from flexpipe_serve.pipeline.messages import (
     Frame,
     HiddenHeader,
@@ -26,9 +28,11 @@ from flexpipe_serve.pipeline.messages import (
     StepBatch,
     encode,
 )
+from flexpipe_serve.pipeline.native_hop import HiddenSource, NativeHop
 from flexpipe_serve.pipeline.prepared_step import PreparedStep, positions_of
 from flexpipe_serve.pipeline.stage_types import Assignment, StageSetup
 from flexpipe_serve.pipeline.step_check import check_batch
+from flexpipe_serve.pipeline.unix_channel import UnixOutlet
 
 _LOGIT_ROWS = 64
 """Rows of logits made at once: those of a whole prompt would take gigabytes."""
@@ -75,7 +79,7 @@ class StepComputer:
 
     def read_hidden(self, header: HiddenHeader, buffers: Sequence[Frame]) -> Hidden:
         """The message of the stage before. Raises ValueError where it is malformed."""
-        (frame,) = buffers
+        times, frame = buffers
         num_tokens, width = header.shape
         if width != self.spec.hidden_size or header.dtype != self._dtype_name:
             raise ValueError(
@@ -84,6 +88,9 @@ class StepComputer:
             )
         if len(frame) != num_tokens * width * self.dtype.itemsize:
             raise ValueError(f"hidden states {header.shape} in {len(frame)} bytes.")
+        if not times:
+            raise ValueError("hidden states without the time they were held.")
+        held_seconds, *stage_seconds = np.frombuffer(times, np.float64).tolist()
         if num_tokens:
             # A copy: the frame may lie at any address, and layers work in place.
             tensor = torch.frombuffer(bytearray(frame), dtype=self.dtype).view(header.shape)
@@ -91,7 +98,7 @@ class StepComputer:
             tensor = torch.empty(0, width, dtype=self.dtype)
         if self.device.type != "cpu":
             tensor = tensor.to(self.device)
-        return Hidden(tensor=tensor, stage_seconds=header.stage_seconds, held_seconds=header.held_seconds)
+        return Hidden(tensor=tensor, stage_seconds=tuple(stage_seconds), held_seconds=held_seconds)
 
     @torch.inference_mode()
     def prepare(self, batch: StepBatch, *, num_blocks: int) -> PreparedStep:
@@ -160,17 +167,8 @@ class StepComputer:
         # The others prepare a step while those before them compute.
         unseen = step.seconds if assignment.is_first else 0.0
         if assignment.is_last:
-            tokens, logprobs, prompts = self._finish(batch, hidden)
-            self._rest(worked)
-            result = ResultHeader(
-                epoch=header.epoch,
-                step=header.step,
-                stage_seconds=(*passed, unseen + time.perf_counter() - started),
-                held_seconds=held_seconds,
-                logprobs=logprobs,
-                prompt_logprobs=prompts,
-            )
-            return encode(result, tokens)
+            seconds = unseen + time.perf_counter() - started
+            return self._finish(batch, hidden, (held_seconds, *passed, seconds), worked=worked)
         body = hidden.contiguous().cpu()  # on CUDA this waits for the KV writes too
         self._rest(worked)
         out = HiddenHeader(
@@ -178,10 +176,60 @@ class StepComputer:
             step=header.step,
             shape=(body.shape[0], body.shape[1]),
             dtype=self._dtype_name,
-            stage_seconds=(*passed, unseen + time.perf_counter() - started),
-            held_seconds=held_seconds,
         )
-        return encode(out, body.view(torch.uint8).numpy().data.cast("B") if len(body) else b"")
+        times = np.array((held_seconds, *passed, unseen + time.perf_counter() - started))
+        return encode(out, times.data.cast("B"), body.view(torch.uint8).numpy().data.cast("B") if len(body) else b"")
+
+    def layer_run(self, assignment: Assignment, kv: Mapping[int, torch.Tensor]) -> LayerRun | None:
+        """The stage's part for :meth:`make_hop`, as long as it has these layers; None where hops cannot be native."""
+        return self.model.layer_run(assignment.layers, kv) if self._cpu_share == 1 else None
+
+    def make_hop(
+        self,
+        step: PreparedStep,
+        run: LayerRun,
+        *,
+        source: HiddenSource | None,
+        outlet: Outlet | None,
+        used: NativeHop | None,
+    ) -> NativeHop | None:
+        """The step as a :class:`NativeHop`; None where :meth:`run` must do it.
+
+        Args:
+            used: a hop of the same route whose step is done, to be used again if it will do.
+        """
+        header = step.batch.header
+        if not header.num_seqs or not header.num_threads or header.copies:
+            return None
+        if outlet is not None and not isinstance(outlet, UnixOutlet):
+            return None
+        num_threads = self._num_cores or header.num_threads
+        if used is not None and used.take(step, run, source=source, num_threads=num_threads):
+            return used
+        return NativeHop(
+            step,
+            run,
+            source=source,
+            hidden_size=self.spec.hidden_size,
+            num_threads=num_threads,
+            outlet=outlet,
+        )
+
+    def start(self, hop: NativeHop, *, held_seconds: float) -> None:
+        """Run a first stage's hop."""
+        started = time.perf_counter()
+        hop.times[0] = held_seconds
+        ids = torch.from_numpy(hop.step.batch.token_ids.astype(np.int64))
+        torch.from_numpy(hop.hidden).copy_(self.model.embed(ids))
+        hop.run(seconds=hop.step.seconds + time.perf_counter() - started)
+
+    @torch.inference_mode()
+    def finish(self, hop: NativeHop) -> list[Frame]:
+        """The message for the Router of a last stage's hop that is done."""
+        worked = time.thread_time()
+        self._set_num_threads(hop.step.batch.header.num_threads)
+        times = (*hop.times.tolist(), hop.seconds)
+        return self._finish(hop.step.batch, torch.from_numpy(hop.hidden), times, worked=worked)
 
     def _check(self, batch: StepBatch, *, num_blocks: int) -> None:
         check_batch(
@@ -222,9 +270,32 @@ class StepComputer:
         )
 
     def _finish(
+        self, batch: StepBatch, hidden: torch.Tensor, times: tuple[float, ...], *, worked: float
+    ) -> list[Frame]:
+        """The last stage's message.
+
+        Args:
+            times: held seconds, and compute seconds of all stages up to here.
+            worked: the thread's time when it began to work on the step.
+        """
+        started = time.perf_counter()
+        held_seconds, *passed, seconds = times
+        tokens, logprobs, prompts = self._sample(batch, hidden)
+        self._rest(worked)
+        result = ResultHeader(
+            epoch=batch.header.epoch,
+            step=batch.header.step,
+            stage_seconds=(*passed, seconds + time.perf_counter() - started),
+            held_seconds=held_seconds,
+            logprobs=logprobs,
+            prompt_logprobs=prompts,
+        )
+        return encode(result, tokens)
+
+    def _sample(
         self, batch: StepBatch, hidden: torch.Tensor
     ) -> tuple[Frame, tuple[LogprobResult | None, ...], tuple[tuple[LogprobResult, ...], ...]]:
-        """The last stage's part: logits of the rows that need them, sampling, log probabilities of the prompt."""
+        """Logits of the rows that need them, sampling, log probabilities of the prompt."""
         header = batch.header
         ends = batch.num_new.cumsum()
         tokens: Frame = b""

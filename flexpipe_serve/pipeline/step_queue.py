@@ -54,6 +54,18 @@ class StepQueue(Generic[_Step, _Input]):
         """Whether a step has its inputs and has not been taken out."""
         return bool(self._complete)
 
+    @property
+    def next_waiting(self) -> tuple[_Step, int] | None:
+        """The step whose input comes next, and the step of the epoch before up to which it needs patches; None while
+        another one is complete, or has its input but no step."""
+        if self._complete or self._inputs or not self._steps:
+            return None
+        return next(iter(self._steps.values()))
+
+    def take_waiting(self) -> None:
+        """Take :attr:`next_waiting` out: it got its input in another way."""
+        del self._steps[next(iter(self._steps))]
+
     def add_step(self, number: int, step: _Step, *, patched_through: int, now: float) -> None:
         """The Router's message has come."""
         self._steps[number] = (step, patched_through)

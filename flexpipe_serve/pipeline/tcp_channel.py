@@ -22,8 +22,8 @@ class TcpListener:
     """A PULL socket; the messages of one outlet come in order.
 
     Args:
-        watch: called with a socket and the function to call whenever it can be read.
-        unwatch: called before a watched socket is closed.
+        watch: called with a file descriptor and the function to call whenever it can be read.
+        unwatch: called before a watched descriptor is closed.
         take: called with each message.
     """
 
@@ -31,8 +31,8 @@ class TcpListener:
         self,
         keys: CurveKeys,
         *,
-        watch: Callable[[zmq.Socket[bytes], Callable[[], None]], None],
-        unwatch: Callable[[zmq.Socket[bytes]], None],
+        watch: Callable[[int, Callable[[], None]], None],
+        unwatch: Callable[[int], None],
         take: Callable[[list[Frame]], None],
     ) -> None:
         self._keys = keys
@@ -50,24 +50,31 @@ class TcpListener:
         self._socket.zap_domain = _ZAP_DOMAIN.encode()
         host = own_address()
         self.address = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
-        watch(self._gate, self._answer)
-        watch(self._socket, self._receive)
+        watch(self._gate.fileno(), self._answer)
+        watch(self._socket.fileno(), self._receive)
 
     def close(self) -> None:
         """Let go of all peers."""
-        self._unwatch(self._gate)
-        self._unwatch(self._socket)
+        self._unwatch(self._gate.fileno())
+        self._unwatch(self._socket.fileno())
         self._context.destroy(linger=0)
 
     def _receive(self) -> None:
-        self._take([frame.buffer for frame in self._socket.recv_multipart(copy=False)])
+        while _has_message(self._socket):
+            self._take([frame.buffer for frame in self._socket.recv_multipart(copy=False)])
 
     def _answer(self) -> None:
         """Let a peer in that holds the application's own key, and no other."""
-        version, request, _domain, _address, _identity, mechanism, *credentials = self._gate.recv_multipart()
-        known = mechanism == b"CURVE" and z85.encode(credentials[0]) == self._keys.public.encode()
-        status = (b"200", b"OK") if known else (b"400", b"unknown key")
-        self._gate.send_multipart([version, request, *status, b"", b""])
+        while _has_message(self._gate):
+            version, request, _domain, _address, _identity, mechanism, *credentials = self._gate.recv_multipart()
+            known = mechanism == b"CURVE" and z85.encode(credentials[0]) == self._keys.public.encode()
+            status = (b"200", b"OK") if known else (b"400", b"unknown key")
+            self._gate.send_multipart([version, request, *status, b"", b""])
+
+
+def _has_message(socket: zmq.Socket[bytes]) -> bool:
+    """Asked until there is none: the descriptor of a ZeroMQ socket tells of the first one only."""
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
 
 class TcpOutlet:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ class UnixListener:
         path: of the socket; what an ended process left there is replaced.
         watch: called with a file descriptor and the function to call whenever it can be read.
         unwatch: called before a watched descriptor is closed.
-        take: called with each message.
+        take: called with each message, and the file descriptor of its connection.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class UnixListener:
         *,
         watch: Callable[[int, Callable[[], None]], None],
         unwatch: Callable[[int], None],
-        take: Callable[[list[Frame]], None],
+        take: Callable[[list[Frame], int], None],
     ) -> None:
         self.path = path
         self._watch, self._unwatch, self._take = watch, unwatch, take
         self._connections: dict[int, socket.socket] = {}
+        self._readers: dict[int, _Reader] = {}
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.setblocking(False)
         path.unlink(missing_ok=True)
@@ -61,12 +63,22 @@ class UnixListener:
         self._socket.listen()
         watch(self._socket.fileno(), self._accept)
 
+    def is_between_messages(self, connection: int) -> bool:
+        """Whether what comes next over a connection, if there still is one, is the beginning of a message."""
+        reader = self._readers.get(connection)
+        return reader is not None and reader.is_between_messages
+
+    def take_read(self, connection: int, data: memoryview) -> None:
+        """Go on with bytes that somebody else has read from a connection that was between messages."""
+        self._readers[connection].cut(data)
+
     def close(self) -> None:
         """Let go of all peers; what they sent and nobody took is lost."""
         for connection in (self._socket, *self._connections.values()):
             self._unwatch(connection.fileno())
             connection.close()
         self._connections.clear()
+        self._readers.clear()
         with contextlib.suppress(FileNotFoundError):
             if self.path.stat().st_ino == self._inode:  # not a successor's
                 self.path.unlink()
@@ -77,15 +89,16 @@ class UnixListener:
         except OSError:
             return  # it is gone already
         connection.setblocking(False)
-        self._connections[connection.fileno()] = connection
-        reader = _Reader(connection, self._take)
-        self._watch(connection.fileno(), lambda: self._read(connection, reader))
+        number = connection.fileno()
+        self._connections[number] = connection
+        self._readers[number] = _Reader(connection, lambda frames: self._take(frames, number))
+        self._watch(number, lambda: self._read(number))
 
-    def _read(self, connection: socket.socket, reader: _Reader) -> None:
-        if not reader.read():
-            self._unwatch(connection.fileno())
-            del self._connections[connection.fileno()]
-            connection.close()
+    def _read(self, number: int) -> None:
+        if not self._readers[number].read():
+            self._unwatch(number)
+            del self._readers[number]
+            self._connections.pop(number).close()
 
 
 class _Reader:
@@ -99,6 +112,11 @@ class _Reader:
         self._message: memoryview | None = None
         """A message of which only the beginning has come."""
         self._num_filled = 0
+
+    @property
+    def is_between_messages(self) -> bool:
+        """Whether the next byte begins a message."""
+        return self._message is None and not self._rest
 
     def read(self) -> bool:
         """Take what is there, in one call of the system. False: the peer has closed the connection, or died."""
@@ -123,7 +141,11 @@ class _Reader:
         num_rest = len(self._rest)
         buffer[:num_rest] = self._rest
         num_read = self._socket.recv_into(buffer[num_rest:])
-        data = buffer[: num_rest + num_read]
+        self.cut(buffer[: num_rest + num_read])
+        return num_read > 0
+
+    def cut(self, data: memoryview) -> None:
+        """Take the messages of ``data``, which begins with one."""
         while len(data) >= _PREFIX.size:
             size, _ = _PREFIX.unpack_from(data)
             if size > len(data):
@@ -135,7 +157,6 @@ class _Reader:
             self._take(_frames(data[:size]))
             data = data[size:]
         self._rest = bytes(data)
-        return num_read > 0
 
 
 def _frames(message: memoryview) -> list[Frame]:
@@ -176,7 +197,26 @@ class UnixOutlet:
 
     def send(self, frames: Sequence[Frame]) -> None:
         """See Outlet.send."""
-        message = _pack(frames)
+        self._send(_pack(frames))
+
+    @property
+    def direct(self) -> int | None:
+        """The connection's file descriptor, where a message may be written to it past this outlet; None where it is
+        lost, or others wait. Followed by :meth:`send_rest`."""
+        return None if self._waiting or self._is_lost else self._socket.fileno()
+
+    def send_rest(self, pieces: list[Frame], *, num_sent: int) -> None:
+        """Send what is left of a message that was written to :attr:`direct`.
+
+        Args:
+            pieces: of the whole message.
+            num_sent: bytes that the kernel took.
+        """
+        _skip(pieces, num_sent)
+        if pieces:
+            self._send(pieces)
+
+    def _send(self, message: list[Frame]) -> None:
         with self._lock:
             assert self._closes_at is None, "the outlet is closed"
             if self._waiting:  # its thread is at it
@@ -217,10 +257,7 @@ class UnixOutlet:
             except OSError as error:
                 self._lose(error)
                 break
-            while message and num_sent >= len(message[0]):
-                num_sent -= len(message.pop(0))
-            if num_sent:
-                message[0] = memoryview(message[0])[num_sent:]
+            _skip(message, num_sent)
         return True
 
     def _lose(self, error: OSError) -> None:
@@ -228,21 +265,60 @@ class UnixOutlet:
         logger.info("%s does not answer any more: %s", self._path, error)
 
 
+@dataclass(frozen=True)
+class MessageStart:
+    """A message but for its last frame."""
+
+    bytes: bytearray
+    """All before the last frame."""
+    offsets: list[int]
+    """Of the frames in the message."""
+    num_bytes: int
+    """Of the whole message: behind the last frame it ends with zeros."""
+
+
+def start_message(frames: Sequence[Frame], *, num_last: int) -> MessageStart:
+    """The message of ``frames`` and one more that has ``num_last`` bytes."""
+    sizes = [*(memoryview(frame).nbytes for frame in frames), num_last]
+    offsets, end = _layout(sizes)
+    start = bytearray(offsets[-1])
+    struct.pack_into(f"<{2 + len(sizes)}Q", start, 0, end, len(sizes), *sizes)
+    for frame, at, size in zip(frames, offsets, sizes, strict=False):
+        start[at : at + size] = frame
+    return MessageStart(start, offsets, end)
+
+
+def _layout(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where the frames of a message begin, and its bytes in all."""
+    offsets, end = [], _PREFIX.size + 8 * len(sizes)
+    for size in sizes:
+        end += -end % _ALIGNMENT
+        offsets.append(end)
+        end += size
+    return offsets, end + -end % _ALIGNMENT  # the next message begins aligned, too
+
+
 def _pack(frames: Sequence[Frame]) -> list[Frame]:
     """The pieces of the message; none is empty."""
     views = [memoryview(frame) for frame in frames]
     sizes = [view.nbytes for view in views]
-    prefix = memoryview(bytearray(_PREFIX.size + 8 * len(sizes)))
-    pieces: list[Frame] = [prefix]
-    end = len(prefix)
-    for view, size in zip(views, sizes, strict=True):
-        if padding := -end % _ALIGNMENT:
-            pieces.append(_PADDING[:padding])
+    offsets, num_bytes = _layout(sizes)
+    pieces: list[Frame] = [struct.pack(f"<{2 + len(sizes)}Q", num_bytes, len(sizes), *sizes)]
+    end = len(pieces[0])
+    for view, at, size in zip(views, offsets, sizes, strict=True):
+        if at > end:
+            pieces.append(_PADDING[: at - end])
         if size:
             pieces.append(view if view.format == "B" and view.ndim == 1 else view.cast("B"))
-        end += padding + size
-    if padding := -end % _ALIGNMENT:  # the next message begins aligned, too
-        pieces.append(_PADDING[:padding])
-    end += padding
-    struct.pack_into(f"<{2 + len(sizes)}Q", prefix, 0, end, len(sizes), *sizes)
+        end = at + size
+    if num_bytes > end:
+        pieces.append(_PADDING[: num_bytes - end])
     return pieces
+
+
+def _skip(pieces: list[Frame], num_bytes: int) -> None:
+    """Take the first bytes out of ``pieces``."""
+    while pieces and num_bytes >= len(pieces[0]):
+        num_bytes -= len(pieces.pop(0))
+    if num_bytes:
+        pieces[0] = memoryview(pieces[0])[num_bytes:]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from flexpipe_serve.pipeline.channel import CurveKeys
 from flexpipe_serve.pipeline.inbox import Inbox, connect
+from flexpipe_serve.pipeline.unix_channel import _pack, start_message
 
 RECEIVE_S = 60.0
 LARGE = 20 << 20
@@ -82,6 +83,15 @@ def test_messages_come_as_they_were_sent_whatever_their_frames(tmp_path_factory,
         assert all(np.frombuffer(frame, np.uint8).ctypes.data % 16 == 0 for frame in got if len(frame))
     outlet.close()
     inbox.close()
+
+
+@given(frames=st.lists(st.binary(max_size=40), max_size=4), last=st.binary(min_size=1, max_size=40))
+def test_a_message_started_before_its_last_frame_is_the_same(frames, last):
+    start = start_message(frames, num_last=len(last))
+    whole = (bytes(start.bytes) + last).ljust(start.num_bytes, b"\0")
+    assert whole == b"".join(_pack([*frames, last]))
+    for frame, at in zip([*frames, last], start.offsets, strict=True):
+        assert whole[at : at + len(frame)] == frame
 
 
 def test_a_frame_of_numbers_of_several_dimensions_arrives_as_its_bytes(inbox):

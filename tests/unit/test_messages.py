@@ -51,7 +51,7 @@ def test_a_step_survives_the_wire():
 @pytest.mark.parametrize(
     "header",
     [
-        HiddenHeader(epoch=1, step=2, shape=(3, 4), dtype="float32", stage_seconds=(0.5,)),
+        HiddenHeader(epoch=1, step=2, shape=(3, 4), dtype="float32"),
         ResultHeader(epoch=1, step=2, stage_seconds=(0.1, 0.2), logprobs=(None, LogprobResult(-0.5, ((3, -0.5),)))),
         FailureHeader(epoch=1, step=2, stage="stage-0", message="no"),
     ],

@@ -142,9 +142,11 @@ def test_a_step_fails_while_another_epoch_goes_on(h: Harness, expected: list, mo
         [b""],
         encode(ResultHeader(epoch=1, step=1, stage_seconds=())),
         encode(PatchAckHeader(epoch=7, target="x", number=3)),
-        encode(HiddenHeader(epoch=1, step=1, shape=(1, 48), dtype="float32", stage_seconds=()), b"123"),
-        encode(HiddenHeader(epoch=1, step=10**9, shape=(-1, 48), dtype="float32", stage_seconds=()), b""),
-        encode(HiddenHeader(epoch=1, step=10**9, shape=(1, 48), dtype="nonsense", stage_seconds=()), b"", b""),
+        encode(HiddenHeader(epoch=1, step=1, shape=(1, 48), dtype="float32"), bytes(8), b"123"),
+        encode(HiddenHeader(epoch=1, step=10**9, shape=(1, 48), dtype="float32"), b"", bytes(192)),
+        encode(HiddenHeader(epoch=1, step=10**9, shape=(1, 48), dtype="float32"), b"1234567", bytes(192)),
+        encode(HiddenHeader(epoch=1, step=10**9, shape=(-1, 48), dtype="float32"), bytes(8), b""),
+        encode(HiddenHeader(epoch=1, step=10**9, shape=(1, 48), dtype="nonsense"), bytes(8), b"", b""),
     ],
 )
 def test_whatever_comes_the_stage_goes_on(h: Harness, expected: list, frames: list) -> None:
