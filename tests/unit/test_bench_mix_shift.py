@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import json
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from flexpipe_serve.bench import adapt_report, mix_shift_report
+from flexpipe_serve.bench import adapt_report, mix_shift, mix_shift_report
 from flexpipe_serve.bench.adapt_metrics import Alone, Look
 from flexpipe_serve.bench.adapt_plot import save_plot
 from flexpipe_serve.bench.adapt_report import TraceResult, Yardstick
@@ -29,6 +33,8 @@ from flexpipe_serve.bench.mix_shift_plan import (
     scores_of,
     shifting_arrivals,
 )
+from flexpipe_serve.bench.resize_plan import Profile
+from flexpipe_serve.bench.resize_run import Calibration
 from flexpipe_serve.bench.wave import RequestRecord, Wave
 
 PREFILL, DECODE = Mix("100+4", 100, 4), Mix("10+40", 10, 40)
@@ -187,6 +193,49 @@ async def test_answers_are_compared_with_the_first_ones(result: TraceResult) -> 
     assert where is changed
     assert (difference.prompt, difference.char, difference.found) == (1, 1, "c")
     assert difference.logprob_gap == pytest.approx(4e-4)
+
+
+async def test_budgets_follow_what_processes_take_with_little_kv(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With plentiful KV they take more: the budget from there left room for three times the blocks asked for."""
+    profile = Profile(
+        boundary=15, num_layers=30, weights_bytes=(100 << 20, 100 << 20), overhead_bytes=(200 << 20, 200 << 20),
+        layer_bytes=2 << 20, block_bytes=24_576, block_size=16,
+    )  # fmt: skip
+    budgets: list[dict[str, int]] = []
+
+    async def calibrate(*_: object, **__: object) -> Calibration:
+        return Calibration(profile, 1.0, 1.0)
+
+    @contextlib.asynccontextmanager
+    async def running_session(*_: object, server_args: dict[str, Any], **__: object) -> AsyncIterator[Any]:
+        budgets.append(server_args["memory_budget"])
+
+        async def status() -> dict[str, Any]:
+            return {"kv": {"num_blocks": 39}}
+
+        async def capacity(*_: object, **__: object) -> float:
+            return 1.0
+
+        yield SimpleNamespace(handle=SimpleNamespace(status=status), capacity=capacity)
+
+    monkeypatch.setattr(mix_shift, "calibrate", calibrate)
+    monkeypatch.setattr(mix_shift, "running_session", running_session)
+    monkeypatch.setattr(mix_shift, "PromptBuilder", lambda _: SimpleNamespace(build=lambda num, rng: "x" * num))
+    parser = argparse.ArgumentParser()
+    mix_shift.add_arguments(parser)
+    config = tmp_path / "config.yaml"
+    config.write_text("applications: [{args: {model: {source: demo}}}]")
+    args = parser.parse_args(["--config", str(config), "--tokenizer", "x", "--server-log", str(tmp_path / "log")])
+    experiment = mix_shift._Experiment(args, Console(file=io.StringIO()))
+    _, fast = await experiment._budgets()
+    # 12 blocks for 192 tokens were asked for, in 17 layers.
+    assert fast == budgets[0]["stage-1"] - (39 - 12) * 17 * 24_576
+    assert parser.parse_args(["--budgets", "400,320.5"]).budgets == (400 << 20, 641 << 19)
+    for wrong in (["--rates", "1"], ["--rates", "1,x"], ["--rates", "0,1"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
 
 
 def rendered(what: object) -> str:
