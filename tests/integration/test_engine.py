@@ -153,14 +153,14 @@ def test_a_step_that_fails_fails_no_one_else(engine: Engine, host: LocalStageHos
     """A poisonous sequence ends with an error; those that shared its steps get their tokens."""
     poison = 121
     core = host._alive["stage-0"].core
-    real = core.computer.run
+    real = core.computer.prepare
 
-    def run_step(assignment, step, given, **kwargs):
-        if poison in step.batch.token_ids:
+    def prepare(batch, **kwargs):
+        if poison in batch.token_ids:
             raise RuntimeError("poison")
-        return real(assignment, step, given, **kwargs)
+        return real(batch, **kwargs)
 
-    monkeypatch.setattr(core.computer, "run", run_step)
+    monkeypatch.setattr(core.computer, "prepare", prepare)
     good = [prompt_of(6, seed=i) for i in range(4)]
     expected = generate_all(engine, good, greedy(20))
 
