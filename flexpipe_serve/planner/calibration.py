@@ -38,7 +38,9 @@ _FADING = 1000.0
 _MOST = 2.0
 """A step that took more times what was expected, or less, was disturbed and counts as if it had taken so many times."""
 _MOVED = 0.04
-"""Of the steps' time, by which predictions must have moved before they are made anew: candidates are kept meanwhile."""
+"""By which the computing of some steps must have changed before predictions do: candidates are kept meanwhile."""
+_MESSAGES_MOVED = 0.2
+"""The same of messages, which vary more and are less of a step."""
 
 
 class MeasuredStep(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,13 +56,20 @@ class MeasuredStep(msgspec.Struct, frozen=True, kw_only=True):
 class StepCalibration:
     """Compares steps with what the profile says of them. One model; splits may change meanwhile."""
 
+    _calibrated: ModelProfile
+    _applied: Calibration
+    _num_steps: int
+    _compute: _Factors
+    _messages: _Factors
+
     def __init__(self) -> None:
         self._profile: ModelProfile | None = None
+        self._forget()
 
     @property
     def applied(self) -> Calibration:
         """What the profile is corrected by at present."""
-        return self._applied if self._profile is not None else Calibration()
+        return self._applied
 
     def note(self, profile: ModelProfile, split: Split, steps: Iterable[MeasuredStep]) -> None:
         """Steps that a pipeline of ``split`` made, the first of its pipelines if it has several.
@@ -87,17 +96,18 @@ class StepCalibration:
     def calibrated(self, profile: ModelProfile) -> ModelProfile:
         """The profile with the corrections; the same object until they have moved."""
         self._begin(profile)
-        moved_s = self._compute.moved_s + self._messages.moved_s
-        if moved_s > _MOVED * (self._compute.told_s + self._messages.told_s):
+        if self._compute.moved > _MOVED or self._messages.moved > _MESSAGES_MOVED:
             compute, messages = self._compute.tell(), self._messages.tell()
             self._applied = Calibration(compute=compute, messages=messages, num_steps=self._num_steps)
             self._calibrated = apply(self._applied, profile)
         return self._calibrated
 
     def _begin(self, profile: ModelProfile) -> None:
-        if profile is self._profile:
-            return
-        self._profile = self._calibrated = profile
+        if profile is not self._profile:
+            self._profile = self._calibrated = profile
+            self._forget()
+
+    def _forget(self) -> None:
         self._applied, self._num_steps = Calibration(), 0
         self._compute, self._messages = _Factors(), _Factors()
 
@@ -155,14 +165,9 @@ class _Factors:
         self._logs = self._BELIEF[:, seen] @ np.linalg.solve(covariance + errors, logs)
 
     @property
-    def moved_s(self) -> float:
-        """By which the steps seen would be predicted otherwise than told last."""
-        return float(self._weights @ (self._expected_s * np.abs(np.exp(self._logs) - np.exp(self._told))))
-
-    @property
-    def told_s(self) -> float:
-        """Of the steps seen, as told last."""
-        return float(self._weights @ (self._expected_s * np.exp(self._told)))
+    def moved(self) -> float:
+        """By which the factor of some kind differs from what was told last, as a logarithm."""
+        return float(np.abs(self._logs - self._told).max())
 
     def tell(self) -> Curve:
         """The factors."""
