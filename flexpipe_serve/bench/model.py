@@ -5,7 +5,8 @@ together, which tells the capacity; then they come at several rates (Poisson, op
 what the model predicts from the machine's profile for the arrivals as they came: mean time to first token, time per
 output token, latency, and requests/s of the first wave against the predicted capacity. The same arrivals come to
 every split, each time with new prompts. As in the planner, the profile is corrected by what the server's steps have
-taken so far: before a wave, so that nothing is predicted from what it is compared with; not with ``--profile``.
+taken so far: before a wave, so that nothing is predicted from what it is compared with; not with ``--profile``. Where
+a machine's speed changes from wave to wave that is an error too; how much of it shows when the wave's own steps count.
 
 The rates are shares of what the first split does when all comes at once, unless ``--rate`` gives them. A
 profile that is missing is measured first; nothing else should run on the machine.

@@ -14,6 +14,7 @@ from flexpipe_serve.planner.latency import predict
 from flexpipe_serve.planner.profile import ModelProfile
 from flexpipe_serve.planner.types import Calibration, Demand, Prediction, SchedulerLimits, Split, StageDevice
 
+_AS_PROFILED = Calibration()
 METRICS = {"ttft_s": "TTFT", "tpot_s": "TPOT", "latency_s": "latency", "requests_per_s": "throughput"}
 """Names of figures, and how reports call them. A saturated point has the last one alone."""
 
@@ -26,15 +27,18 @@ class Point:
         boundaries: of the pipeline.
         rate: asked for, requests/s; None: all requests at once, as many as are served together.
         demand: as it came.
-        prediction: of the latency model.
+        prediction: of the latency model, with what the server had learnt before the wave.
+        hindsight: the same with what it learnt from the wave, too: how far a machine's speed had changed since shows
+            in the difference.
         wave: what was measured.
-        calibration: that the prediction was made with.
+        calibration: that ``prediction`` was made with.
     """
 
     boundaries: tuple[int, ...]
     rate: float | None
     demand: Demand
     prediction: Prediction
+    hindsight: Prediction
     wave: Wave
     calibration: Calibration
 
@@ -63,15 +67,25 @@ class Point:
     @property
     def predicted(self) -> dict[str, float]:
         """The same of the model."""
-        prediction = self.prediction
-        if self.rate is None:
-            return {"requests_per_s": prediction.max_rate}
-        return {"ttft_s": prediction.ttft_s, "tpot_s": prediction.tpot_s, "latency_s": prediction.latency_s}
+        return self._figures(self.prediction)
 
     @property
     def errors(self) -> dict[str, float]:
         """Predicted over measured, less one; infinite where the model says that the rate is too high."""
-        predicted = self.predicted
+        return self._errors(self.prediction)
+
+    @property
+    def errors_in_hindsight(self) -> dict[str, float]:
+        """Likewise of ``hindsight``."""
+        return self._errors(self.hindsight)
+
+    def _figures(self, prediction: Prediction) -> dict[str, float]:
+        if self.rate is None:
+            return {"requests_per_s": prediction.max_rate}
+        return {"ttft_s": prediction.ttft_s, "tpot_s": prediction.tpot_s, "latency_s": prediction.latency_s}
+
+    def _errors(self, prediction: Prediction) -> dict[str, float]:
+        predicted = self._figures(prediction)
         return {name: predicted[name] / value - 1.0 for name, value in self.measured.items()}
 
 
@@ -83,19 +97,20 @@ def predict_point(
     rate: float | None,
     wave: Wave,
     limits: SchedulerLimits | None = None,
-    calibration: Calibration | None = None,
+    before: Calibration = _AS_PROFILED,
+    after: Calibration = _AS_PROFILED,
 ) -> Point:
     """The point of a wave.
 
     Args:
         rate: at which the arrivals were drawn; None: they came all at once.
         limits: of the server's scheduler.
-        calibration: what the server had learnt before the wave.
+        before: what the server had learnt before the wave.
+        after: and behind it.
     """
     demand = demand_of(arrivals, rate=rate)
-    calibration = calibration or Calibration()
-    prediction = predict(apply(calibration, profile), split, demand, limits=limits)
-    return Point(split.boundaries, rate, demand, prediction, wave, calibration)
+    prediction, hindsight = (predict(apply(each, profile), split, demand, limits=limits) for each in (before, after))
+    return Point(split.boundaries, rate, demand, prediction, hindsight, wave, before)
 
 
 def demand_of(arrivals: Sequence[Arrival], *, rate: float | None) -> Demand:
@@ -140,7 +155,8 @@ def split_of(status: Mapping[str, Any], profile: ModelProfile) -> Split:
     return Split(boundaries=boundaries, devices=tuple(devices))
 
 
-def mean_error(points: Sequence[Point], metric: str) -> float | None:
+def mean_error(points: Sequence[Point], metric: str, *, in_hindsight: bool = False) -> float | None:
     """Mean of the absolute relative errors; None where no point has the metric, infinite where one is."""
-    errors = [abs(point.errors[metric]) for point in points if metric in point.errors]
+    all_errors = [point.errors_in_hindsight if in_hindsight else point.errors for point in points]
+    errors = [abs(errors[metric]) for errors in all_errors if metric in errors]
     return float(np.mean(errors)) if errors else None

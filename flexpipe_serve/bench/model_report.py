@@ -33,9 +33,11 @@ def render(points: Sequence[Point]) -> Group:
         load = "" if point.rate is None else f"{point.prediction.utilisation:.0%}"
         cells = [_cell(point, name, unit=1.0 if name == "requests_per_s" else 1e3) for name in METRICS]
         table.add_row(str(point.num_stages), rate, str(len(point.wave.requests)), load, *cells)
-    found = {label: mean_error(points, name) for name, label in METRICS.items()}
-    errors = ", ".join(f"{label} {_percent(error)}" for label, error in found.items() if error is not None)
-    parts: list[Table | str] = [table, f"mean relative error: [bold]{errors}[/]"]
+    parts: list[Table | str] = [table, f"mean relative error: [bold]{_mean_errors(points)}[/]"]
+    if any(point.hindsight != point.prediction for point in points):
+        parts.append(
+            f"with what the server learnt from the waves themselves: {_mean_errors(points, in_hindsight=True)}"
+        )
     for point in points:
         where = f"{point.num_stages} stages, {'at once' if point.rate is None else f'{point.rate:.2f} requests/s'}"
         summary = point.summary
@@ -52,6 +54,7 @@ def to_json(points: Sequence[Point], *, profile: ModelProfile, settings: dict[st
         "machine": machine(),
         "profile": msgspec.to_builtins(profile),
         "mean_errors": {name: _finite(mean_error(points, name)) for name in METRICS},
+        "mean_errors_in_hindsight": {name: _finite(mean_error(points, name, in_hindsight=True)) for name in METRICS},
         "points": [
             {
                 "num_stages": point.num_stages,
@@ -61,6 +64,7 @@ def to_json(points: Sequence[Point], *, profile: ModelProfile, settings: dict[st
                 "measured": point.measured,
                 "predicted": {name: _finite(value) for name, value in point.predicted.items()},
                 "errors": {name: _finite(value) for name, value in point.errors.items()},
+                "errors_in_hindsight": {name: _finite(value) for name, value in point.errors_in_hindsight.items()},
                 "utilisation": _finite(point.prediction.utilisation),
                 "max_rate": point.prediction.max_rate,
                 "calibration": msgspec.to_builtins(point.calibration),
@@ -97,6 +101,11 @@ def save_picture(points: Sequence[Point], path: Path) -> None:
     axes["requests_per_s"].locator_params(axis="x", integer=True)
     axes["ttft_s"].legend(title="dots measured, lines predicted")
     figure.savefig(path, dpi=110)
+
+
+def _mean_errors(points: Sequence[Point], *, in_hindsight: bool = False) -> str:
+    found = {label: mean_error(points, name, in_hindsight=in_hindsight) for name, label in METRICS.items()}
+    return ", ".join(f"{label} {_percent(error)}" for label, error in found.items() if error is not None)
 
 
 def _cell(point: Point, name: str, *, unit: float) -> str:

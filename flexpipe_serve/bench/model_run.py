@@ -15,7 +15,7 @@ from flexpipe_serve.bench.server import running_server
 from flexpipe_serve.bench.wave import run_wave
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.planner.profile import ModelProfile
-from flexpipe_serve.planner.types import SchedulerLimits, Split
+from flexpipe_serve.planner.types import Calibration, SchedulerLimits, Split
 from flexpipe_serve.transport import HttpTransport
 
 _NUM_WARM_UP, _WARM_UP_TOKENS = 16, 32
@@ -86,13 +86,23 @@ async def measure(
         target = Target("flexpipe", url, model=first_model(Target("flexpipe", url, model="")))
         async with AsyncHandle(HttpTransport(url)) as handle:
 
+            async def learnt() -> Calibration:
+                return (await handle.plan()).calibration if calibrate else Calibration()
+
             async def compare(split: Split, rate: float | None, *, seed: Sequence[int]) -> Point:
                 arrivals = load.arrivals(rate)
                 prompts = build_prompts(builder, arrivals, seed=seed, ids=False)
-                calibration = (await handle.plan()).calibration if calibrate else None
+                before = await learnt()
                 wave = await run_wave(target, arrivals, prompts, concurrency=None, timeout_s=load.timeout_s)
                 point = predict_point(
-                    profile, split, arrivals, rate=rate, wave=wave, limits=load.limits, calibration=calibration
+                    profile,
+                    split,
+                    arrivals,
+                    rate=rate,
+                    wave=wave,
+                    limits=load.limits,
+                    before=before,
+                    after=await learnt(),
                 )
                 on_point(point)
                 return point

@@ -85,7 +85,8 @@ def test_a_rate_beyond_the_predicted_capacity_is_told() -> None:
     point = point_of(2.0)
     demand = msgspec.structs.replace(point.demand, rate=1e6)
     split = split_of(status_of(overheads=(0,)), PROFILE)
-    beyond = Point((), 1e6, demand, predict(PROFILE, split, demand), WAVE, Calibration())
+    prediction = predict(PROFILE, split, demand)
+    beyond = Point((), 1e6, demand, prediction, prediction, WAVE, Calibration())
     assert math.isinf(beyond.errors["ttft_s"])
     output = io.StringIO()
     Console(file=output, width=200).print(render([point, point_of(None), beyond]))
@@ -125,8 +126,12 @@ def test_a_point_is_predicted_with_what_was_learnt_before_it() -> None:
     split = split_of(status_of(3, overheads=(1, 2)), PROFILE)
     plain = predict_point(PROFILE, split, ARRIVALS, rate=None, wave=WAVE)
     twice = Calibration(compute=Curve(counts=(1.0,), seconds=(2.0,)))
-    slower = predict_point(PROFILE, split, ARRIVALS, rate=None, wave=WAVE, calibration=twice)
+    slower = predict_point(PROFILE, split, ARRIVALS, rate=None, wave=WAVE, before=twice)
     few = predict_point(PROFILE, split, ARRIVALS, rate=None, wave=WAVE, limits=SchedulerLimits(max_num_seqs=1))
     assert slower.prediction.max_rate < 0.7 * plain.prediction.max_rate
+    assert slower.hindsight == plain.prediction
+    found = slower.errors["requests_per_s"], slower.errors_in_hindsight["requests_per_s"]
+    assert found == pytest.approx([each.max_rate * 1.5 / 2 - 1 for each in (slower.prediction, slower.hindsight)])
+    assert mean_error([slower], "requests_per_s", in_hindsight=True) == pytest.approx(abs(found[1]))
     assert few.prediction.max_rate < plain.prediction.max_rate
     assert to_json([slower], profile=PROFILE, settings={})["points"][0]["calibration"]["compute"]["seconds"] == (2.0,)
