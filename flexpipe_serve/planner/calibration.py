@@ -35,7 +35,7 @@ _MEMORY = 50.0
 """Steps of its kind that one counts among, ..."""
 _FADING = 1000.0
 """... and steps of any kind after which it is as good as forgotten."""
-_MOST = 2.0
+_MOST = 3.0
 """A step that took more times what was expected, or less, was disturbed and counts as if it had taken so many times."""
 _MOVED = 0.04
 """By which the computing of some steps must have changed before predictions do: candidates are kept meanwhile."""
