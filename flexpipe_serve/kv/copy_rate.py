@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from statistics import median
 
-_QUIET_STEPS = 8
+_QUIET_STEPS = 16
 """Steps without a snapshot message, to be compared with the _LOUD_STEPS that follow."""
-_LOUD_STEPS = 16
+_LOUD_STEPS = 32
 _START_SHARE = 0.25
 LEAST_SHARE = 0.1
 """Of the limit: less would make a copy take too long for what it saves. What a copy can be counted on to do."""
 _ALLOWED_SLOWDOWN = 0.01
 _LITTLE_SLOWDOWN = 0.005
-_WEIGHT = 0.3
+_WEIGHT = 0.2
 """Of the newest comparison: single ones are mostly noise."""
 _FASTER, _SLOWER = 1.25, 0.5
 _IDLE_S = 0.5
 """So long without a step: nobody waits for tokens."""
 _PATIENCE = 2
 """Times the steps of a spell: where they differ too much to be compared it ends all the same."""
-_OUTLIER = 3.0
+_OUTLIER = 2.0
 """Times the median; a longer step is counted as so long."""
 
 
