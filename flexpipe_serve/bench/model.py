@@ -8,6 +8,9 @@ every split, each time with new prompts. As in the planner, the profile is corre
 taken so far: before a wave, so that nothing is predicted from what it is compared with; not with ``--profile``. Where
 a machine's speed changes from wave to wave that is an error too; how much of it shows when the wave's own steps count.
 
+Predicted is the long run. From an empty pipeline that takes the longer the nearer the rate is to capacity: waves too
+short for it are named, and mean errors are told without them, too.
+
 The rates are shares of what the first split does when all comes at once, unless ``--rate`` gives them. A
 profile that is missing is measured first; nothing else should run on the machine.
 """

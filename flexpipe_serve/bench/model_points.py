@@ -1,5 +1,6 @@
 """A measured point of ``flexpipe bench model`` beside what the latency model says of it: pure."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,20 @@ class Point:
             "latency_s": summary.e2e_ms.mean,
         }
         return {name: mean / 1e3 for name, mean in means.items() if mean is not None}
+
+    @property
+    def settling_s(self) -> float:
+        """About how long it takes from an empty pipeline to the long run that predictions are of: the nearer to
+        capacity, the longer a sequence more or less is felt. 0 where all come at once."""
+        if self.rate is None:
+            return 0.0
+        prediction = self.hindsight
+        return math.inf if prediction.utilisation >= 1 else prediction.latency_s / (1 - prediction.utilisation)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the wave was twice as long as that: in a shorter one requests find fewer others than predicted."""
+        return self.summary.duration_s >= 2 * self.settling_s
 
     @property
     def predicted(self) -> dict[str, float]:

@@ -34,6 +34,9 @@ def render(points: Sequence[Point]) -> Group:
         cells = [_cell(point, name, unit=1.0 if name == "requests_per_s" else 1e3) for name in METRICS]
         table.add_row(str(point.num_stages), rate, str(len(point.wave.requests)), load, *cells)
     parts: list[Table | str] = [table, f"mean relative error: [bold]{_mean_errors(points)}[/]"]
+    settled = [point for point in points if point.is_settled]
+    if settled and len(settled) < len(points):
+        parts.append(f"of waves that were long enough to settle: [bold]{_mean_errors(settled)}[/]")
     if any(point.hindsight != point.prediction for point in points):
         parts.append(
             f"with what the server learnt from the waves themselves: {_mean_errors(points, in_hindsight=True)}"
@@ -41,6 +44,11 @@ def render(points: Sequence[Point]) -> Group:
     for point in points:
         where = f"{point.num_stages} stages, {'at once' if point.rate is None else f'{point.rate:.2f} requests/s'}"
         summary = point.summary
+        if not point.is_settled:
+            parts.append(
+                f"[yellow]{where}: predicted is the long run, which a pipeline at {point.hindsight.utilisation:.0%} of"
+                f" its capacity comes to in about {point.settling_s:.0f} s; the wave took {summary.duration_s:.0f} s[/]"
+            )
         parts += [f"[yellow]{where}: {note}[/]" for note in notes(summary)]
         parts += [f"[red]{where}: {count} failed: {escape(reason)}[/]" for reason, count in summary.errors.items()]
     return Group(*parts)
@@ -67,6 +75,7 @@ def to_json(points: Sequence[Point], *, profile: ModelProfile, settings: dict[st
                 "errors_in_hindsight": {name: _finite(value) for name, value in point.errors_in_hindsight.items()},
                 "utilisation": _finite(point.prediction.utilisation),
                 "max_rate": point.prediction.max_rate,
+                "is_settled": point.is_settled,
                 "calibration": msgspec.to_builtins(point.calibration),
                 "summary": asdict(point.summary),
             }

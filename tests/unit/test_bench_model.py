@@ -1,5 +1,6 @@
 """What the latency model is compared with, and how it is told."""
 
+import dataclasses
 import io
 import json
 import math
@@ -135,3 +136,18 @@ def test_a_point_is_predicted_with_what_was_learnt_before_it() -> None:
     assert mean_error([slower], "requests_per_s", in_hindsight=True) == pytest.approx(abs(found[1]))
     assert few.prediction.max_rate < plain.prediction.max_rate
     assert to_json([slower], profile=PROFILE, settings={})["points"][0]["calibration"]["compute"]["seconds"] == (2.0,)
+
+
+def test_waves_too_short_for_the_long_run_are_named() -> None:
+    calm, at_once = point_of(2.0), point_of(None)
+    nearly_full = msgspec.structs.replace(calm.hindsight, utilisation=0.9, latency_s=0.5)
+    short = dataclasses.replace(calm, hindsight=nearly_full)
+    assert short.settling_s == pytest.approx(5.0)
+    assert not short.is_settled
+    assert at_once.is_settled
+    assert dataclasses.replace(calm, hindsight=msgspec.structs.replace(nearly_full, utilisation=0.1)).is_settled
+    assert not dataclasses.replace(calm, hindsight=msgspec.structs.replace(nearly_full, utilisation=1.1)).is_settled
+    output = io.StringIO()
+    Console(file=output, width=300).print(render([short, at_once]))
+    assert "at 90% of its capacity comes to in about 5 s; the wave took 2 s" in output.getvalue()
+    assert "long enough to settle: throughput" in output.getvalue()
