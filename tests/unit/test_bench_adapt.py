@@ -275,6 +275,7 @@ def test_verdicts() -> None:
 def test_a_paired_difference_by_hand() -> None:
     found = Paired.of([[(1.0, 2.0), (3.0, 2.0)], [(1.5, 1.0)], [], [(1.0, 1.0)]])
     assert found is not None
+    assert found.high is not None
     assert found.mean == pytest.approx(0.5 / 3)
     # Student's t, 2 degrees of freedom, of 0, 0.5, 0.
     assert found.high == pytest.approx(0.5 / 3 + 4.303 * math.sqrt(1 / 12) / math.sqrt(3))
