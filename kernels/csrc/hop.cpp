@@ -9,6 +9,8 @@
 #include <chrono>
 #include <cstring>
 
+#include "parallel.h"
+
 namespace flexpipe {
 namespace {
 
@@ -20,6 +22,9 @@ void run(Hop& hop, Clock::time_point started) {
     }
     hop.seconds = std::chrono::duration<double>(Clock::now() - started).count();
     if (!hop.beginning) return;
+    // Before the next stage looks for a core for its own helpers: while these spin there is none, and its helpers would
+    // wait behind its caller for the length of some layers.
+    rest_helpers();
     std::copy(hop.times, hop.times + hop.num_times, hop.sent_times);
     hop.sent_times[hop.num_times] = hop.seconds_before + hop.seconds;
     iovec pieces[3] = {{hop.beginning, size_t(hop.num_beginning)},

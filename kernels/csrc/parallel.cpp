@@ -40,6 +40,7 @@ class Pool {
         context_.store(context, std::memory_order_relaxed);
         num_helpers_.store(num_threads - 1, std::memory_order_relaxed);
         num_done_.store(0, std::memory_order_relaxed);
+        is_resting_.store(false, std::memory_order_relaxed);
         generation_ = (generation_ + 1) & 0xffffffffu;
         tickets_.store(generation_ << 32 | uint64_t(num_tasks), std::memory_order_seq_cst);
         if (num_asleep_.load(std::memory_order_seq_cst) > 0) {
@@ -52,6 +53,8 @@ class Pool {
             spins < kSpinsBeforeYield ? relax() : void(sched_yield());
         }
     }
+
+    void rest() { is_resting_.store(true, std::memory_order_relaxed); }
 
    private:
     void grow(int num_helpers) {
@@ -96,10 +99,11 @@ class Pool {
             const auto until = std::chrono::steady_clock::now() + kSpin;
             do {
                 for (int spins = 0; spins < 100; ++spins) {
-                    if (wanted(helper)) break;
+                    if (wanted(helper) || is_resting_.load(std::memory_order_relaxed)) break;
                     relax();
                 }
-            } while (!wanted(helper) && std::chrono::steady_clock::now() < until);
+            } while (!wanted(helper) && !is_resting_.load(std::memory_order_relaxed) &&
+                     std::chrono::steady_clock::now() < until);
             if (!wanted(helper)) {
                 std::unique_lock<std::mutex> lock(sleep_);
                 num_asleep_.fetch_add(1, std::memory_order_seq_cst);
@@ -119,18 +123,25 @@ class Pool {
     std::atomic<Task> task_{nullptr};
     std::atomic<void*> context_{nullptr};
     std::atomic<int> num_helpers_{0};
+    std::atomic<bool> is_resting_{false};
     alignas(64) std::atomic<int64_t> num_done_{0};
     alignas(64) std::atomic<int> num_asleep_{0};
     std::mutex sleep_;
     std::condition_variable awake_;
 };
 
+Pool& pool() {
+    static Pool* only = new Pool;  // never destroyed: helpers may outlive static objects
+    return *only;
+}
+
 }  // namespace
 
 void run_tasks(Task task, void* context, int64_t num_tasks, int num_threads) {
     if (num_tasks == 0) return;
-    static Pool* pool = new Pool;  // never destroyed: helpers may outlive static objects
-    pool->run(task, context, num_tasks, num_threads);
+    pool().run(task, context, num_tasks, num_threads);
 }
+
+void rest_helpers() { pool().rest(); }
 
 }  // namespace flexpipe

@@ -15,6 +15,9 @@ using Task = void (*)(void* context, int64_t index);
 // is visible to the caller afterwards. Callers in other threads run at the same time, without helpers.
 void run_tasks(Task task, void* context, int64_t num_tasks, int num_threads);
 
+// Lets the helpers sleep at once instead of looking for another job: the cores are for somebody else now.
+void rest_helpers();
+
 template <typename Body>
 void parallel_for(int64_t num_tasks, int num_threads, Body&& body) {
     run_tasks([](void* context, int64_t index) { (*static_cast<Body*>(context))(index); }, &body, num_tasks,
