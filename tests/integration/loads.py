@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from engines import generate
 
 from flexpipe_serve.engine.engine import Engine
+from flexpipe_serve.engine.fleet import Fleet
 from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.sampling_params import SamplingParams
 
@@ -72,12 +73,21 @@ Transcript = list[list[tuple[object, ...]]]
 """For each sequence of a request: prompt's log probabilities, each token with its own, and how it ended."""
 
 
-async def _serve(engine: Engine, request: Request, *, request_id: str, may_leave: bool) -> Transcript:
+async def _serve(engine: Engine | Fleet, request: Request, *, request_id: str, may_leave: bool) -> Transcript:
     outputs: list[list[SequenceOutput]] = [[] for _ in range(request.n)]
     num_left = request.abort_after if may_leave else None
-    stream = generate(
-        engine, request.prompt, request.params, n=request.n, priority=request.priority, request_id=request_id
-    )
+    if isinstance(engine, Fleet):
+        stream = engine.generate(
+            request_id=request_id,
+            prompt_token_ids=request.prompt,
+            params=request.params,
+            n=request.n,
+            priority=request.priority,
+        )
+    else:
+        stream = generate(
+            engine, request.prompt, request.params, n=request.n, priority=request.priority, request_id=request_id
+        )
     async with contextlib.aclosing(stream):
         async for output in stream:
             outputs[output.index].append(output)
@@ -96,7 +106,7 @@ def _transcript(outputs: Sequence[SequenceOutput]) -> list[tuple[object, ...]]:
     return rows
 
 
-def serve_all(engine: Engine, requests: Sequence[Request]) -> dict[str, Transcript]:
+def serve_all(engine: Engine | Fleet, requests: Sequence[Request]) -> dict[str, Transcript]:
     """What comes of ``requests`` when they are served together and nobody leaves, by request."""
 
     async def run() -> list[Transcript]:
@@ -115,7 +125,12 @@ class Load:
     """Serves ``requests`` over and over, in random order, and compares what comes of them with what is ``expected``."""
 
     def __init__(
-        self, engine: Engine, requests: Sequence[Request], expected: Mapping[str, Transcript], *, num_clients: int
+        self,
+        engine: Engine | Fleet,
+        requests: Sequence[Request],
+        expected: Mapping[str, Transcript],
+        *,
+        num_clients: int,
     ) -> None:
         self._engine = engine
         self._requests = requests
@@ -174,7 +189,7 @@ class Load:
 
 @contextlib.contextmanager
 def load(
-    engine: Engine, requests: Sequence[Request], expected: Mapping[str, Transcript], *, num_clients: int = 8
+    engine: Engine | Fleet, requests: Sequence[Request], expected: Mapping[str, Transcript], *, num_clients: int = 8
 ) -> Iterator[Load]:
     """A load for the time of the block; every answer was as expected."""
     running = Load(engine, requests, expected, num_clients=num_clients)

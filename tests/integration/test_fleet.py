@@ -69,7 +69,7 @@ def test_one_two_one_under_load(
 ) -> None:
     with running_fleet(six_layers, host, num_stages=2, max_tokens=2000) as fleet:
         num_handed_over = 0
-        with load(fleet, requests, expected, num_clients=8) as running:  # type: ignore[arg-type]
+        with load(fleet, requests, expected, num_clients=8) as running:
             for _ in range(3):
                 record = scale(fleet, layouts=(PipelineLayout(stages=2), PipelineLayout(boundaries=(1, 3))))
                 assert [p.boundaries for p in record.pipelines] == [(3,), (1, 3)]
