@@ -49,7 +49,7 @@ def host() -> LocalStageHost:
 
 
 def scale(fleet: Fleet, **fields: object) -> ScaleRecord:
-    return asyncio.run(fleet.scale(ScaleRequest(**fields)))  # type: ignore[arg-type]
+    return asyncio.run(fleet.scale(ScaleRequest(**fields)))
 
 
 def boundaries(fleet: Fleet) -> list[list[int]]:
@@ -145,7 +145,7 @@ def test_a_pipeline_whose_stage_is_lost_hands_over(
     six_layers: Path, host: LocalStageHost, requests: list[Request], expected: dict[str, Transcript]
 ) -> None:
     with running_fleet(six_layers, host, num_stages=2, num_pipelines=2) as fleet:
-        with load(fleet, requests, expected, num_clients=6):  # type: ignore[arg-type]
+        with load(fleet, requests, expected, num_clients=6):
             for name in ("p1-stage-1", "stage-0"):
                 wait_for_use_of_the_second(fleet)
                 host._alive[name].stop()
@@ -173,7 +173,7 @@ def test_pipelines_share_the_memory_and_give_it_back(
     with running_fleet(six_layers, host, memory_budget=16 << 20, max_tokens=1 << 30) as fleet:
         (alone,) = fleet.engines
         whole = alone.loop.scheduler.stats().num_blocks
-        with load(fleet, requests, expected, num_clients=4):  # type: ignore[arg-type]
+        with load(fleet, requests, expected, num_clients=4):
             record = scale(fleet, pipelines=2)
         shares = [pipeline.num_blocks for pipeline in record.pipelines]
         assert 0 < abs(shares[0] - shares[1]) < whole // 20 or shares[0] == shares[1]
