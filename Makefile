@@ -19,6 +19,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy scripts/gpu_check  # what tests here cannot run
 
 # At once: those that start Ray wait for processes most of the time.
 tests: $(VENV)/.dev
