@@ -6,7 +6,7 @@ import asyncio
 from typing import TypeVar
 
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.responses import Response
 
 from flexpipe_serve import __version__
@@ -114,7 +114,7 @@ async def health(request: Request) -> Response:
     return json_response({"status": "ok"})
 
 
-@router.get("/metrics", tags=["state"], responses=errors(401, 500, 503))
+@router.get("/metrics", tags=["state"], responses=errors(401, 500, 503), response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """What the engine measures, in Prometheus' text format; Ray has the same for its dashboard."""
     # Ray is told of all that came in since the last time, too: milliseconds.

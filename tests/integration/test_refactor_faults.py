@@ -150,7 +150,7 @@ def check(
 def test_a_lost_stage(phase: str, victim: str, engine: Engine, host: LocalStageHost, check: Any) -> None:
     command, outcomes = PHASES[phase]
     role = VICTIMS[victim]
-    request = RefactorRequest(boundaries=role.new, max_bytes_per_s=1e6, timeout_s=30)
+    request = RefactorRequest(boundaries=role.new, max_bytes_per_s=2.5e6, timeout_s=30)
 
     def act() -> RefactorRecord:
         with before_command(command, lambda: host._alive[role.stage].stop()) as done:

@@ -82,7 +82,7 @@ def test_many_refactorings_under_load(
                 if engine.layout is not None and boundaries == engine.layout.boundaries:
                     continue
                 record = refactor(
-                    engine, RefactorRequest(boundaries=boundaries, mode=rng.choice(modes), max_bytes_per_s=2e6)
+                    engine, RefactorRequest(boundaries=boundaries, mode=rng.choice(modes), max_bytes_per_s=5e6)
                 )
                 assert (record.outcome, record.error) == (Outcome.DONE, None)
                 num_done += 1

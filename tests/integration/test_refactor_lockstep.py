@@ -84,7 +84,7 @@ def test_a_live_refactoring_changes_no_bit(
     first, *others = KINDS[kind]
     expected = undisturbed(seed, depth)
     assert expected.num_preemptions > 0
-    requests = [RefactorRequest(boundaries=boundaries, max_bytes_per_s=5e5) for boundaries in others]
+    requests = [RefactorRequest(boundaries=boundaries, max_bytes_per_s=1.25e6) for boundaries in others]
     changes = make_changes(list(KINDS).index(kind), requests, num_ticks=NUM_TICKS)
     changed = run(script_of(seed).during(changes), boundaries=first, depth=depth, private_kv=private_kv)
     assert [(r.outcome, r.error) for r in changed.records] == [(Outcome.DONE, None)] * len(others)
@@ -115,6 +115,6 @@ def test_the_comparison_finds_a_lost_patch(
 
     real = KVGiver.on_steps
     monkeypatch.setattr(KVGiver, "on_steps", lambda giver, steps: real(giver, [(step, None) for step, _ in steps]))
-    change = Change(60, 60, RefactorRequest(boundaries=(1, 5), max_bytes_per_s=1e6))
+    change = Change(60, 60, RefactorRequest(boundaries=(1, 5), max_bytes_per_s=2.5e6))
     changed = run(script_of(1).during([change]), boundaries=(2, 4), depth=3, private_kv=True)
     assert changed.results != undisturbed(1, 3).results

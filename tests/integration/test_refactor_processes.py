@@ -79,7 +79,7 @@ def kill(engine: Engine, stage: str) -> None:
 def test_every_kind_of_move(engine: Engine, requests: list[Request], expected: dict[str, Transcript]) -> None:
     with load(engine, requests, expected):
         for boundaries in [(1,), (5,), (), (2, 4), (1, 5), (3,)]:
-            record = refactor(engine, RefactorRequest(boundaries=boundaries, max_bytes_per_s=5e6))
+            record = refactor(engine, RefactorRequest(boundaries=boundaries, max_bytes_per_s=1.25e7))
             assert (record.outcome, record.error) == (Outcome.DONE, None)
     check_idle(engine)
 
