@@ -137,6 +137,7 @@ class AsyncHandle:
         nodes: Sequence[str] | None = None,
         avoid: Sequence[str] = (),
         mode: Mode | str = Mode.LIVE,
+        hurry: bool = False,
         dry_run: bool = False,
         resize_kv: bool = True,
         max_bytes_per_s: float | None = None,
@@ -153,6 +154,7 @@ class AsyncHandle:
             nodes: where each stage shall stand, in order: ids as in the status, their beginnings, or names.
             avoid: nodes where no stage shall stand afterwards.
             mode: 'live', or one that stops: 'weights_only', 'sync', 'restart'.
+            hurry: load weights without sparing those who wait for tokens: it is over in a second rather than in many.
             dry_run: only plan; the job is over at once, its plan says what would be done.
             resize_kv: let KV capacity grow afterwards.
             max_bytes_per_s: limit of copying KV; the server's by default.
@@ -177,6 +179,7 @@ class AsyncHandle:
             nodes=None if nodes is None else tuple(nodes),
             avoid=tuple(avoid),
             mode=mode,
+            hurry=hurry,
             dry_run=dry_run,
             resize_kv=resize_kv,
             max_bytes_per_s=max_bytes_per_s,

@@ -53,6 +53,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     refactor.add_argument(
         "--mode", choices=[mode.value for mode in Mode], default="live", help="what goes on meanwhile (default: all)"
     )
+    refactor.add_argument("--hurry", action="store_true", help="be quick, though those who wait for tokens may notice")
     refactor.add_argument("--dry-run", action="store_true", help="only say what would be done, and whether it fits")
     refactor.add_argument("--no-wait", action="store_true", help="return when it has started")
     refactor.set_defaults(run=with_handle(_refactor))
@@ -100,6 +101,7 @@ def _refactor(args: argparse.Namespace, handle: Handle, console: Console) -> int
         nodes=args.nodes,
         avoid=args.avoid,
         mode=args.mode,
+        hurry=args.hurry,
         dry_run=args.dry_run,
     )
     console.print(plan_view(job.plan))

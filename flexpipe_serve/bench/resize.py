@@ -2,9 +2,9 @@
 
 Two stages have unequal memory budgets. Every block of KV exists on every stage, so capacity is the minimum over the
 stages: while the stage with the small budget holds many layers, it is a few sequences. Requests come slowly, then
-faster; at that moment the pipeline is refactored to a layout whose small stage has fewer layers. With resizing the
-capacity grows to what the budgets now allow; without, it stays what it was, and requests queue. Both do the same
-refactoring and get the same requests in the same order, each on a fresh server, in turns.
+faster; at that moment the pipeline is refactored, in a hurry, to a layout whose small stage has fewer layers. With
+resizing the capacity grows to what the budgets now allow; without, it stays what it was, and requests queue. Both do
+the same refactoring and get the same requests in the same order, each on a fresh server, in turns.
 
 How the numbers are chosen, so that this means something on any machine:
 

@@ -163,7 +163,7 @@ async def run_once(
 
 async def _refactor(handle: AsyncHandle, boundary: int, *, after_s: float, resize_kv: bool) -> RefactorRecord:
     await asyncio.sleep(after_s)
-    job = await handle.refactor(boundaries=[boundary], resize_kv=resize_kv, reason="the rate steps up")
+    job = await handle.refactor(boundaries=[boundary], resize_kv=resize_kv, hurry=True, reason="the rate steps up")
     return await job.wait()
 
 

@@ -73,7 +73,8 @@ class RefactorRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """Nodes whose layers go elsewhere."""
     mode: Mode = Mode.LIVE
     hurry: bool = False
-    """Load weights without the rests that spare those who wait for tokens: for a node that is about to go."""
+    """Load weights without the rests that spare those who wait for tokens: for a node that is about to go, or where
+    requests wait for what the new layout brings."""
     dry_run: bool = False
     """Only plan: say what would be done and whether it fits."""
     resize_kv: bool = True

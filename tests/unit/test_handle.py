@@ -122,6 +122,7 @@ def test_every_argument_reaches_the_engine(handle, engine):
         avoid=["c"],
         mode="sync",
         resize_kv=False,
+        hurry=True,
         max_bytes_per_s=1e6,
         timeout_s=5,
         reason="because",
@@ -129,7 +130,7 @@ def test_every_argument_reaches_the_engine(handle, engine):
     )
     assert job.record().is_over
     (request,) = engine.requests
-    assert (request.boundaries, request.mode, request.resize_kv) == ((10, 20), Mode.SYNC, False)
+    assert (request.boundaries, request.mode, request.resize_kv, request.hurry) == ((10, 20), Mode.SYNC, False, True)
     assert (request.pipeline, request.nodes, request.avoid) == (1, ("a", "b", "a"), ("c",))
     assert (request.max_bytes_per_s, request.timeout_s, request.reason) == (1e6, 5, "because")
 
