@@ -21,8 +21,6 @@ _Float64 = npt.NDArray[np.float64]
 _PICOSECONDS = 1e12
 _SLACKS = (1.03, 1.12, 1.4, 2.0, 4.0)
 """Bounds to try for the bottleneck, in units of what no split can beat: the tighter, the less there is to search."""
-_ROUNDING = 1e-9
-"""A bound that prunes must not cut off what only rounding puts beyond it."""
 
 
 def best_boundaries(
@@ -289,9 +287,9 @@ def _prune(
     capacity = np.full(len(new.end), bound * sum(speed.values()) - fixed)
     for c, spent in new.used.items():
         capacity -= spent * speed[c]
-    hopeful = np.flatnonzero(
-        problem.work[-1] - problem.work[new.end] <= capacity + _ROUNDING * float(problem.work[-1]) + problem.num_stages
-    )
+    # Times are rounded for each speed by itself: what only that puts beyond the bound must not be cut off.
+    rounding = (1 + max(problem.speeds)) * (problem.num_layers + problem.num_stages)
+    hopeful = np.flatnonzero(problem.work[-1] - problem.work[new.end] <= capacity + rounding)
     alike = [new.end[hopeful], *(u[hopeful] for u in (*new.used.values(), *new.used_bytes.values()))]
     worth = [new.unevenness[hopeful], new.total[hopeful]] if by_total else [new.bottleneck[hopeful]]
     order = np.lexsort([*worth, *reversed(alike)])

@@ -2,6 +2,7 @@
 
 from itertools import combinations, pairwise, product
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from made_up_models import MIB, make_device, make_profile
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.planner.ladder import nested_ladder
 from flexpipe_serve.planner.partition import best_boundaries, eq2_boundaries
-from flexpipe_serve.planner.profile import StepShape
+from flexpipe_serve.planner.profile import Curve, StepShape
 
 DECODE = StepShape(num_tokens=8, num_samples=8, num_context_tokens=4000)
 PREFILL = StepShape(num_tokens=512, num_samples=1, num_pairs=130_000)
@@ -58,6 +59,16 @@ def check_against_all(profile, devices, shape, num_kv_tokens=0):
         assert worths[found] == pytest.approx(min(worths.values()), rel=TOLERANCE)
         possible = [cut for cut in possible if worths[cut] <= worths[found] * (1 + TOLERANCE)]
     return True
+
+
+def test_rounding_hides_no_split():
+    """Times at speeds 0.2 and 0.4 are rounded for each, and the best split lay beyond its own bound."""
+    nothing = Curve(counts=(1,), seconds=(0.0,))
+    devices = [make_device(0, speed=0.2), make_device(1, speed=0.4)]
+    for i in range(100):
+        even = make_profile((0.1 + i * 1e-9,) * 30, stage_s=0.0)
+        profile = msgspec.structs.replace(even, embedding=nothing, head=nothing)
+        assert best_boundaries(profile, devices, DECODE) == (10,)
 
 
 def sharings(num_stages):
