@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 
 from flexpipe_serve.pipeline.messages import CopyHeader, Frame, PatchAckHeader, PatchHeader, StepBatch
 from flexpipe_serve.pipeline.stage_copies import StageCopies
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 _NICENESS = 10
 """A waking thread of such a priority takes the core from nobody: copies use the moments in which a step leaves a core
 idle, and a tenth of one where it leaves none, so that a patch comes soon however busy the machine is."""
+_LOOK_S = 0.2
 _STEPS_AT_ONCE = 8
 """Heard of at one waking while a snapshot is on its way."""
 
@@ -100,7 +101,9 @@ class CopyWorker:
                 done.set_result(None)
 
         self._put(run)
-        done.result()
+        # A stage that ends has closed this already, and everything is forgotten.
+        while not wait([done], _LOOK_S).done and self._thread.is_alive():
+            pass
 
     def _put(self, task: Callable[[], object] | None) -> None:
         self._tasks.append(task)

@@ -106,3 +106,13 @@ def test_it_hears_of_each_step_when_the_snapshot_is_complete_and_of_all_in_order
 
 def test_it_gives_way_to_steps(worker: CopyWorker, copies: FakeCopies) -> None:
     assert copies.niceness > os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def test_whoever_comes_after_the_end_does_not_wait() -> None:
+    """A stage that ended waited for a release, which waited for the copies' thread, which had ended."""
+    worker = CopyWorker(FakeCopies(), name="s", on_applied=lambda epoch: None)  # type: ignore[arg-type]
+    worker.close()
+    late = threading.Thread(target=worker.forget, args=(1,), daemon=True)
+    late.start()
+    late.join(_HEARD_S)
+    assert not late.is_alive()
