@@ -34,7 +34,8 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
         return since + (seconds[right] - since) / (counts[right] - before) * (count - before)
 
 
-_AS_MEASURED = Curve(counts=(1.0,), seconds=(1.0,))
+AS_MEASURED = Curve(counts=(1.0,), seconds=(1.0,))
+"""A factor that changes nothing."""
 
 
 class StepShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,10 +98,10 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     error_max: float = 0.0
     others_share: float = 0.0
     """Of the machine's cores, what other work took while it was measured: with much of it the times are too long."""
-    compute_factor: Curve = _AS_MEASURED
+    compute_factor: Curve = AS_MEASURED
     """By which live steps take longer than all of a stage's times here, by new tokens of the step; see
     :mod:`flexpipe_serve.planner.calibration`."""
-    message_factor: Curve = _AS_MEASURED
+    message_factor: Curve = AS_MEASURED
     """The same of ``hop_s`` and ``step_s``, by sequences that get a token."""
 
     @property

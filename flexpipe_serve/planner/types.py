@@ -6,9 +6,7 @@ from enum import StrEnum
 
 import msgspec
 
-from flexpipe_serve.planner.profile import Curve
-
-_ONCE = Curve(counts=(1.0,), seconds=(1.0,))
+from flexpipe_serve.planner.profile import AS_MEASURED, Curve
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,9 +95,9 @@ class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     """What live steps say of the profile: how many times longer than there everything takes."""
 
-    compute: Curve = _ONCE
+    compute: Curve = AS_MEASURED
     """Stages, by new tokens of the step."""
-    messages: Curve = _ONCE
+    messages: Curve = AS_MEASURED
     """Hops and the Router's part, by sequences that get a token."""
     num_steps: int = 0
     """That say so."""
