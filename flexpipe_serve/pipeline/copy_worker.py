@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -114,7 +115,9 @@ class CopyWorker:
     def _run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while True:
-            while self._tasks:
+            # What comes meanwhile waits for a piece of the snapshot: it must end also where steps come faster than
+            # their patches go.
+            for _ in range(len(self._tasks)):
                 task = self._tasks.popleft()
                 if task is None:
                     return
@@ -122,12 +125,11 @@ class CopyWorker:
                     task()
                 except Exception:  # thread edge: a copy that breaks is told by wait_copied, or by its missing patches
                     logger.exception("a copy met an error")
-            self._steps_at_once = _STEPS_AT_ONCE if self._copies.is_copying else 1
-            if self._tasks:  # a step may have gone by the number before
-                continue
             now = time.monotonic()
+            is_sent = self._copies.send_chunk(now)
+            self._steps_at_once = _STEPS_AT_ONCE if self._copies.is_copying else 1
+            if is_sent or self._tasks:  # a step may have gone by the number before
+                continue
             ready_at = self._copies.ready_at(now)
-            try:
+            with contextlib.suppress(queue.Empty):
                 self._wakes.get(timeout=None if ready_at is None else max(0.0, ready_at - now))
-            except queue.Empty:
-                self._copies.send_chunk(time.monotonic())

@@ -167,15 +167,16 @@ class StageCopies:
         self._giving[header.epoch, header.target] = _Giving(giver, outlet)
 
     def on_step(self, epoch: int, step: int, batch: StepBatch | None, *, now: float) -> None:
-        """See to the patches of a step that was executed, or dropped (None), at ``now``: while the snapshot is on its
-        way those of several steps go together, then each at once."""
+        """See to the patches of a step that was executed, or dropped (None), at ``now``: while a snapshot is on its way
+        those of several steps go together, then each at once."""
         if self._rate is not None:
             self._rate.on_step(now, num_tokens=0 if batch is None else batch.header.num_tokens)
         for key, giving in list(self._giving.items()):
             if giving.giver.old_epoch == epoch:
                 giving.steps.append((step, batch))
-                if giving.giver.is_complete or len(giving.steps) >= _STEPS_AT_ONCE:
+                if len(giving.steps) >= _STEPS_AT_ONCE:
                     self._send_patch(key)
+        self._send_patches_if_complete()
 
     def on_ack(self, header: PatchAckHeader) -> None:
         """A target has applied something."""
@@ -195,6 +196,7 @@ class StageCopies:
                 self._send_patch(key)
             if key in self._giving and self._send_next_chunk(key, now):
                 self._giving[key] = self._giving.pop(key)  # several copies take turns
+                self._send_patches_if_complete()
                 return True
         return False
 
@@ -218,6 +220,14 @@ class StageCopies:
         if not times:
             return None
         return min(times) if self._rate is None else max(min(times), self._rate.ready_at(now))
+
+    def _send_patches_if_complete(self) -> None:
+        """Once all snapshots are sent somebody may wait for each step."""
+        if self.is_copying:
+            return
+        for key, giving in list(self._giving.items()):
+            if giving.steps:
+                self._send_patch(key)
 
     def _send_patch(self, key: tuple[int, str]) -> None:
         giving = self._giving[key]

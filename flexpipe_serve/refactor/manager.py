@@ -16,7 +16,7 @@ import msgspec
 
 from flexpipe_serve.engine.scheduler import Scheduler
 from flexpipe_serve.engine.stage_placer import StagePlacer
-from flexpipe_serve.engine.step_loop import StepLoop
+from flexpipe_serve.engine.step_loop import RetiredError, StepLoop
 from flexpipe_serve.errors import EngineUnavailableError, RefactorBusyError, RefactorRefusedError
 from flexpipe_serve.pipeline.layout import Layout, even_boundaries, stage_name
 from flexpipe_serve.pipeline.pipeline import Pipeline
@@ -310,6 +310,8 @@ class RefactorManager:
     def _run(self, coordinator: Coordinator) -> None:
         try:
             finish = coordinator.run()
+        except RetiredError:  # the pipeline has ended meanwhile, and its refactoring with it
+            return
         finally:
             with self._lock:
                 self._running = None

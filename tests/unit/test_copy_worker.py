@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +27,8 @@ class FakeCopies:
         self.is_copying = False
         self.heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.niceness = 0
+        self.follow: Callable[[], None] | None = None
+        """Called for each step, while the snapshot got no turn."""
 
     def next_heard(self, num: int) -> list[Any]:
         return [self.heard.get(timeout=_HEARD_S) for _ in range(num)]
@@ -38,6 +40,12 @@ class FakeCopies:
 
     def on_step(self, epoch: int, step: int, batch: object, *, now: float) -> None:
         self.heard.put(step)
+        if self.follow is not None:
+            self.follow()
+
+    def send_chunk(self, now: float) -> bool:
+        self.follow = None
+        return False
 
     def on_ack(self, header: PatchAckHeader) -> None:
         self.is_copying = False
@@ -102,6 +110,26 @@ def test_it_hears_of_each_step_when_the_snapshot_is_complete_and_of_all_in_order
     for step in range(3, 6):
         worker.on_step(1, step, None)
         assert copies.next_heard(1) == [step]
+
+
+def test_the_snapshot_gets_its_turn_where_steps_come_faster_than_their_patches_go(
+    worker: CopyWorker, copies: FakeCopies
+) -> None:
+    """A busy machine starved a copy until its test's time was over."""
+    left = iter(range(1000))
+
+    def follow() -> None:
+        if next(left, None) is not None:
+            worker.on_step(1, 1, None)
+
+    copies.follow = follow
+    for step in range(_STEPS_AT_ONCE):
+        worker.on_step(1, step, None)
+    copies.next_heard(2 * _STEPS_AT_ONCE)
+    worker.on_ack(ACK)
+    while copies.heard.get(timeout=_HEARD_S) != "ack":
+        pass
+    assert next(left, None) is not None
 
 
 def test_it_gives_way_to_steps(worker: CopyWorker, copies: FakeCopies) -> None:
