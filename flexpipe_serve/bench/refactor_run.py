@@ -19,7 +19,7 @@ from flexpipe_serve.bench.trial import Trial, refactoring_window
 from flexpipe_serve.bench.wave import run_wave
 from flexpipe_serve.bench.windows import Window
 from flexpipe_serve.errors import ConfigError, RefactorBusyError, RefactorRefusedError
-from flexpipe_serve.refactor.record import Mode, RefactorRecord, RefactorRequest
+from flexpipe_serve.refactor.record import Mode, RefactorRecord
 
 CHURN = "churn"
 """The mode's name of back-to-back refactorings."""
@@ -262,16 +262,14 @@ class Session:
         offset_s = time.time() - time.perf_counter()
         asked_s = time.perf_counter()
         poll_s = _CHURN_POLL_S if hurry else _POLL_S
-        request = RefactorRequest(
-            boundaries=boundaries,
-            mode=Mode(mode),
-            hurry=hurry,
-            max_bytes_per_s=_CHURN_BYTES_PER_S if hurry else None,
-            reason="benchmark",
-        )
         try:
-            first = await self.handle.call("POST", "/flexpipe/refactor", RefactorRecord, request)
-            job = self._last_job = AsyncRefactorJob(self.handle, first)
+            job = self._last_job = await self.handle.refactor(
+                boundaries=boundaries,
+                mode=mode,
+                hurry=hurry,
+                max_bytes_per_s=_CHURN_BYTES_PER_S if hurry else None,
+                reason="benchmark",
+            )
         except RefactorBusyError:  # the record of the one before is closed a moment before it makes room
             await asyncio.sleep(poll_s)
             return await self.refactor(boundaries, mode=mode, hurry=hurry)

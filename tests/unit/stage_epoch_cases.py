@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from stage_harness import Harness, Part, harness
-from tiny_models import make_checkpoint
 
 PROMPTS = [[9, 4, 77, 23, 5, 61], [3, 17, 99], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
 NUM_STEPS = 9
@@ -24,17 +23,10 @@ NEW_LAYOUTS: dict[str, tuple[Part, ...]] = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    make_checkpoint(folder, "llama-tied")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path) -> list[tuple[list[int], list[float]]]:
+def expected(tied_model: Path) -> list[tuple[list[int], list[float]]]:
     """Tokens and log probabilities of the prompts, each decoded alone on a single stage."""
     found = []
-    with harness(model) as h:
+    with harness(tied_model) as h:
         h.start(("stage-0", 0, 4))
         for prompt in PROMPTS:
             seq = h.sequence(prompt, num_tokens=32)
@@ -45,8 +37,8 @@ def expected(model: Path) -> list[tuple[list[int], list[float]]]:
 
 
 @pytest.fixture
-def h(model: Path) -> Iterator[Harness]:
-    with harness(model) as made:
+def h(tied_model: Path) -> Iterator[Harness]:
+    with harness(tied_model) as made:
         yield made
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from stage_harness import NUM_BLOCKS, FakeSequence, Harness, harness, take
-from tiny_models import make_checkpoint
 
 from flexpipe_serve.kernels.linear import available_kinds
 from flexpipe_serve.pipeline import unix_channel
@@ -27,24 +26,17 @@ PROMPTS = ([9, 4, 77, 23, 5, 61], [1, 2, 3], list(range(1, 51)))
 NUM_STEPS = 8
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    make_checkpoint(folder, "llama-tied")
-    return folder
-
-
 @pytest.fixture
-def h(model: Path) -> Iterator[Harness]:
-    with harness(model, linear="native", attention="native") as made:
+def h(tied_model: Path) -> Iterator[Harness]:
+    with harness(tied_model, linear="native", attention="native") as made:
         made.start(*PARTS)
         yield made
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path) -> list[tuple[list[int], list[float]]]:
+def expected(tied_model: Path) -> list[tuple[list[int], list[float]]]:
     """Tokens and log probabilities of each prompt, computed by one stage, where there is no hop."""
-    with harness(model, linear="native", attention="native") as made:
+    with harness(tied_model, linear="native", attention="native") as made:
         made.start(("stage-0", 0, 4))
         seqs = sequences(made)
         for seq in seqs:
@@ -114,7 +106,7 @@ def test_several_steps_in_flight(h: Harness, expected: list) -> None:
 
 
 def test_hidden_states_that_the_kernel_does_not_take_at_once(
-    model: Path, expected: list, hops: list[bool], monkeypatch: pytest.MonkeyPatch
+    tied_model: Path, expected: list, hops: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unix_channel, "_SEND_BUFFER_BYTES", 1)  # the kernel makes some thousand of it
     num_rests, send_rest = 0, UnixOutlet.send_rest
@@ -125,7 +117,7 @@ def test_hidden_states_that_the_kernel_does_not_take_at_once(
         send_rest(*args, **kwargs)
 
     monkeypatch.setattr(UnixOutlet, "send_rest", note)
-    with harness(model, linear="native", attention="native") as made:
+    with harness(tied_model, linear="native", attention="native") as made:
         made.start(*PARTS)
         seqs = sequences(made)
         for seq in seqs:

@@ -26,13 +26,12 @@ from flexpipe_serve.pipeline.messages import (
 )
 from flexpipe_serve.pipeline.stage_types import Assignment, Incoming
 
-model = stage_epoch_cases.model
 expected = stage_epoch_cases.expected
 
 
 @pytest.fixture
-def h(model: Path) -> Iterator[Harness]:
-    with harness(model, private_kv=True) as made:
+def h(tied_model: Path) -> Iterator[Harness]:
+    with harness(tied_model, private_kv=True) as made:
         yield made
 
 

@@ -15,7 +15,6 @@ from flexpipe_serve.pipeline.messages import (
     encode,
 )
 
-model = stage_epoch_cases.model
 expected = stage_epoch_cases.expected
 h = stage_epoch_cases.h
 

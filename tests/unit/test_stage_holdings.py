@@ -23,7 +23,6 @@ from flexpipe_serve.pipeline.messages import (
 )
 from flexpipe_serve.pipeline.stage_types import StageReport
 
-model = stage_epoch_cases.model
 expected = stage_epoch_cases.expected
 h = stage_epoch_cases.h
 
@@ -81,8 +80,8 @@ def test_release_removes_what_a_killed_stage_left(h: Harness) -> None:
     assert h.segment_files() == {f"layer-{layer}.kv" for layer in range(4)}
 
 
-def test_private_segments_belong_to_their_stage(model: Path) -> None:
-    with harness(model, private_kv=True) as h:
+def test_private_segments_belong_to_their_stage(tied_model: Path) -> None:
+    with harness(tied_model, private_kv=True) as h:
         h.start(*OLD)
         h.add(2, *NEW_LAYOUTS["merge to the first"])
         first = {f"stage-0.layer-{layer}.kv" for layer in range(4)}

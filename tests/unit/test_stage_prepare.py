@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from stage_harness import NUM_BLOCKS, Harness, harness, make_batch, take
-from tiny_models import make_checkpoint
 
 from flexpipe_serve.pipeline.messages import FailureHeader, ResultHeader
 from flexpipe_serve.pipeline.prepared_step import PreparedStep, positions_of
@@ -20,16 +19,9 @@ from flexpipe_serve.pipeline.step_compute import Hidden
 PROMPT = [9, 4, 77, 23, 5, 61]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    make_checkpoint(folder, "llama-tied")
-    return folder
-
-
 @pytest.fixture
-def h(model: Path) -> Iterator[Harness]:
-    with harness(model) as made:
+def h(tied_model: Path) -> Iterator[Harness]:
+    with harness(tied_model) as made:
         made.start(("stage-0", 0, 2), ("stage-1", 2, 4))
         yield made
 
