@@ -236,7 +236,7 @@ class PlannerService:
                 self._note("planned", decision.sentence)
                 return decision
             nodes = nodes_of(chosen, known=[device.node for device in view.devices])
-            request = RefactorRequest(boundaries=chosen.boundaries, nodes=nodes, reason=reason)
+            request = RefactorRequest(boundaries=chosen.boundaries, nodes=nodes, reason=reason, hurry=decision.hurry)
             record = asyncio.run(self._pipelines.refactor(request))
         except (ValueError, RefactorBusyError, EngineUnavailableError) as error:  # refused, in one way or another
             self._note("plan_refused", f"{decision.sentence} But: {error}")

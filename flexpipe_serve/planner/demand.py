@@ -10,7 +10,7 @@ from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.planner.lengths import OutputLengths
 from flexpipe_serve.planner.stall import StallDetector
 from flexpipe_serve.planner.types import Demand, Trigger
-from flexpipe_serve.planner.windows import NUM_DEVIATIONS, ArrivalWindow, Moments, RecentMoments
+from flexpipe_serve.planner.windows import NUM_DEVIATIONS, ArrivalWindow, Moments, RecentMoments, covered_s
 
 _MIN_ARRIVALS = 10
 """In a window, before its CV says anything."""
@@ -58,6 +58,10 @@ class DemandMonitor:
         self._output_lengths = OutputLengths()
         self._prompt_token_work = prompt_token_work
         self._num_arrived = 0
+        self._since = -math.inf
+        """The rate has changed then."""
+        self._num_before = 0
+        """Arrivals before that."""
         self._stalls = StallDetector(give_up_after_s=windows_s[-1])
 
     def arrived(self, at: float, *, num_prompt_tokens: int) -> None:
@@ -85,9 +89,10 @@ class DemandMonitor:
         prompt = self._prompt_tokens.moments(at)
         output = self._output_tokens.moments(at)
         output_tokens = self._output_lengths.mean(at)
+        rate = self._rate(at, cv)
         return Demand(
             at=at,
-            rate=self._rate(at, cv),
+            rate=rate,
             rate_gradient=self._gradient(at),
             cv=cv,
             cv_by_window={f"{w.window_s:g}s": cv for w, cv in cvs.items()},
@@ -98,15 +103,25 @@ class DemandMonitor:
             num_waiting=num_waiting,
             num_running=num_running,
             num_arrived=self._num_arrived,
+            num_alike=self._num_arrived - self._num_before,
         )
 
     def _rate(self, at: float, cv: float) -> float:
-        """Of the shortest window that is to be believed."""
+        """Of the shortest window that is to be believed; where one contradicts the longer ones, what was before is
+        forgotten."""
         rate = self._arrivals[-1].rate(at)
-        for window in reversed(self._arrivals[:-1]):
-            if window.num_arrivals(at) >= _MIN_ARRIVALS_OF_RATE or window.contradicts(at, rate, cv=cv):
+        if self._since > self._arrivals[-1].begin(at):
+            rate = (self._num_arrived - self._num_before) / covered_s(at, since=self._since)
+        for window in (*reversed(self._arrivals[:-1]), self._glance):
+            if window.begin(at) < self._since:
+                continue
+            is_new = window.contradicts(at, rate, cv=cv)
+            if is_new:
+                self._since = window.begin(at)
+                self._num_before = self._num_arrived - window.num_arrivals(at)
+            if is_new or (window is not self._glance and window.num_arrivals(at) >= _MIN_ARRIVALS_OF_RATE):
                 rate = window.rate(at)
-        return self._glance.rate(at) if self._glance.contradicts(at, rate, cv=cv) else rate
+        return rate
 
     def _gradient(self, at: float) -> float:
         """Of the shortest window that shows any: a steep rise soon, a slow one when it stands out."""

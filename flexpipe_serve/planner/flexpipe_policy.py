@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from flexpipe_serve.planner.candidates import Candidate, device_choices, is_same_place, refusal
-from flexpipe_serve.planner.cost import transition_cost
+from flexpipe_serve.planner.cost import GENTLE, transition_cost
 from flexpipe_serve.planner.flexpipe_scores import (
     FlexPipeWeights,
     best_cv,
@@ -120,7 +120,7 @@ class FlexPipePolicy:
             cost_s = duration_s = 0.0
             if candidate is not self._candidates[0]:
                 cost_s, duration_s, _ = transition_cost(
-                    candidate.transition, state, demand, present=models[0], latency_s=present_s
+                    candidate.transition, state, demand, present=models[0], latency_s=present_s, pace=GENTLE
                 )
             score = 0.0
             if throughput > 0:

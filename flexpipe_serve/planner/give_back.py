@@ -41,7 +41,7 @@ class GiveBack:
             f" back when nothing has needed it for {self._window_s:g} s, except the last {self._elastic.floor}"
             f" ({self._floor_share:.0%} of the {self._elastic.peak} needed at once within a day)."
         )
-        return msgspec.structs.replace(decision, verdict=Verdict.STAY, chosen=None, sentence=sentence)
+        return msgspec.structs.replace(decision, verdict=Verdict.STAY, chosen=None, hurry=False, sentence=sentence)
 
 
 def _best(decision: Decision) -> Split:

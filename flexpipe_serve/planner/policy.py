@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, Protocol
 
 from flexpipe_serve.planner.candidates import Candidate, CandidateMaker, refusal, split_key
-from flexpipe_serve.planner.cost import transition_cost
+from flexpipe_serve.planner.cost import GENTLE, HURRIED, transition_cost
 from flexpipe_serve.planner.flexpipe_policy import FlexPipePolicy
 from flexpipe_serve.planner.gate import FEW_ARRIVALS, Gate, expected_demand
 from flexpipe_serve.planner.latency import SplitModel
@@ -54,10 +54,15 @@ class _Present(NamedTuple):
     work: float
     """Of a request."""
 
+    @property
+    def is_saturated(self) -> bool:
+        return self.model.utilisation >= 1
+
 
 class GatedPolicy:
     """Predicted gain over the horizon against predicted cost. Where capacity is given away, the cost has what it takes
-    if demand that was there lately returns."""
+    if demand that was there lately returns. Beyond the present split's capacity a change is in a hurry: those who wait
+    save more than those who get tokens lose."""
 
     def __init__(self, weights: PlannerWeights) -> None:
         self._weights = weights
@@ -101,6 +106,8 @@ class GatedPolicy:
             why = "nobody asks for anything"
         elif demand.num_arrived < FEW_ARRIVALS:
             why = f"{demand.num_arrived} requests so far tell too little"
+        elif demand.num_alike < FEW_ARRIVALS and not demand.num_waiting:
+            why = f"the demand has just changed, {demand.num_alike} requests since tell too little, and nobody waits"
         else:
             best = scores[0] if scores[0] is not current else None
             place = split_key(scores[0].split)[1:]
@@ -115,7 +122,9 @@ class GatedPolicy:
             )
             if verdict is Verdict.MOVE:
                 chosen = scores[0].split
-        return make_decision("gated", state, current=current, candidates=scores, chosen=chosen, why=why)
+        return make_decision(
+            "gated", state, current=current, candidates=scores, chosen=chosen, why=why, hurry=present.is_saturated
+        )
 
     def _score(
         self, candidate: Candidate, state: PlannerState, demand: Demand, present: _Present
@@ -123,7 +132,12 @@ class GatedPolicy:
         """And seconds that it saves a request."""
         model = candidate.under(demand)
         cost_s, duration_s, back_s = transition_cost(
-            candidate.transition, state, demand, present=present.model, latency_s=present.latency_s
+            candidate.transition,
+            state,
+            demand,
+            present=present.model,
+            latency_s=present.latency_s,
+            pace=HURRIED if present.is_saturated else GENTLE,
         )
         if model.max_rate < present.model.max_rate:
             cost_s += self._peaks.risk_s(
@@ -138,7 +152,7 @@ class GatedPolicy:
         num_requests = demand.rate * max(0.0, self._horizon_s(candidate.place, state.now) - duration_s)
         gain_s = num_requests * saved_s
         refused = refusal(candidate, state, demand, present=present.candidate)
-        if refused is None and model.utilisation >= 1 > present.model.utilisation:
+        if refused is None and model.utilisation >= 1 and not present.is_saturated:
             # What saves latency over the horizon costs ever more beyond it.
             refused = f"sustains {model.max_rate:.3g} requests/s, but {demand.rate:.3g} are asked for"
         score = CandidateScore(

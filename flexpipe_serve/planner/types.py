@@ -34,6 +34,8 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int = 0
     num_arrived: int = 0
     """In all; with few nothing can be told."""
+    num_alike: int = 0
+    """Of those, the ones since the rate last changed."""
 
 
 class StageDevice(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,6 +150,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     verdict: Verdict
     chosen: Split | None
     """Where to go; None to stay."""
+    hurry: bool = False
+    """Whether to get there quickly, though those who get tokens may notice."""
     sentence: str
     """Why, with the numbers that decided."""
     decision_s: float = 0.0

@@ -80,9 +80,8 @@ class MomentWindow:
         return Moments(count, mean, deviation / mean if mean > 0 else 0.0)
 
     def forget(self, before: float) -> None:
-        """Drop what was before a time, up to one slot."""
-        number = math.floor(before / self._slot_s)
-        while self._slots and self._slots[0].number < number:
+        """Drop what was before a time, and up to a slot more."""
+        while self._slots and self._slots[0].number * self._slot_s < before - _ROUNDING:
             self._slots.popleft()
 
     def count(self, at: float) -> int:
@@ -106,20 +105,21 @@ class MomentWindow:
             self._slots.popleft()
 
 
-def _contradicts(moments: Moments, longer: Moments) -> bool:
+def _contradicts(moments: Moments, longer: Moments, *, least_own: float = _LEAST_OWN) -> bool:
     """Whether values have changed. What few are alike for may be chance: of the longer window's deviation a part is
     taken for theirs, whatever they look like."""
-    if moments.count < _FEW:
+    if moments.count < _FEW or not longer.count:
         return False
     deviation = longer.cv * longer.mean
-    own = max(_LEAST_OWN * deviation, moments.cv * moments.mean)
+    own = max(least_own * deviation, moments.cv * moments.mean)
     chance = NUM_DEVIATIONS * math.hypot(own / math.sqrt(moments.count), deviation / math.sqrt(longer.count))
     return abs(moments.mean - longer.mean) > chance + _ROUNDING * longer.mean
 
 
 class RecentMoments:
     """Moments of the shortest of several windows that is to be believed: it holds enough values, or contradicts the
-    longer ones by more than chance; then what was before is forgotten.
+    longer ones by more than chance; then what was before is forgotten. The last few are one too, for values that come
+    seldom.
 
     Args:
         windows_s: lengths, rising.
@@ -129,12 +129,15 @@ class RecentMoments:
     def __init__(self, windows_s: Sequence[float], *, min_count: int) -> None:
         self._windows = [MomentWindow(window_s) for window_s in reversed(windows_s)]
         self._min_count = min_count
+        self._last: deque[tuple[float, float]] = deque(maxlen=_FEW)
+        """When, and the value."""
         self._known = Moments(0, 0.0, 0.0)
 
     def add(self, at: float, value: float) -> None:
         """Take a value in; ``at`` never falls."""
         for window in self._windows:
             window.add(at, value)
+        self._last.append((at, value))
 
     def moments(self, at: float) -> Moments:
         """As of ``at``: of the longest window where no other is believed; what was told last where that is empty."""
@@ -145,11 +148,28 @@ class RecentMoments:
             if is_new:
                 for longer in self._windows[:index]:
                     longer.forget(window.begin(at))
-            if is_new or moments.count >= self._min_count:
+            if is_new or moments.count >= self._min_count or not known.count:
                 known = moments
+        last = self._moments_of_last()
+        # A look at each value finds chance more often than one at each window's end.
+        if _contradicts(last, known, least_own=1.0):
+            for window in self._windows:
+                window.forget(self._last[0][0])
+            known = last
         if known.count:
             self._known = known
         return self._known
+
+    def _moments_of_last(self) -> Moments:
+        values = [value for _, value in self._last]
+        mean = sum(values) / max(1, len(values))
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values)))
+        return Moments(len(values), mean, deviation / mean if mean > 0 else 0.0)
+
+
+def covered_s(at: float, *, since: float) -> float:
+    """What arrivals are divided by for a rate: at least 5 s, for a burst at the start is no rate."""
+    return max(at - since, _MIN_COVERED_S)
 
 
 class ArrivalWindow:
@@ -178,8 +198,7 @@ class ArrivalWindow:
         return self._gaps.moments(at, without_oldest=True).cv
 
     def rate(self, at: float) -> float:
-        """Arrivals a second in what the window covers by now, taken as 5 s where it is less: a burst at the start is
-        no rate."""
+        """Arrivals a second in what the window covers by now."""
         return self.num_arrivals(at) / self._covered_s(at)
 
     def contradicts(self, at: float, rate: float, *, cv: float) -> bool:
@@ -190,7 +209,7 @@ class ArrivalWindow:
         )
 
     def _covered_s(self, at: float) -> float:
-        return max(at - self._begin(at), _MIN_COVERED_S)
+        return covered_s(at, since=self.begin(at))
 
     def gradient(self, at: float, *, num_deviations: float) -> float:
         """By how much the rate changes each second, from the older to the younger half of the window.
@@ -198,7 +217,7 @@ class ArrivalWindow:
         A burst is no trend: 0 where the two halves differ by less than ``num_deviations`` standard deviations of what a
         steady rate with gaps of this CV would bring.
         """
-        begin = self._begin(at)
+        begin = self.begin(at)
         if at - begin < _MIN_COVERED_S:
             return 0.0
         middle = (begin + at) / 2
@@ -213,6 +232,6 @@ class ArrivalWindow:
             return 0.0
         return difference / (middle - begin) ** 2
 
-    def _begin(self, at: float) -> float:
+    def begin(self, at: float) -> float:
         """Of what the window covers: not before the first arrival."""
         return at if self._first_at is None else max(self._first_at, self._gaps.begin(at))

@@ -36,6 +36,7 @@ def make_decision(
     candidates: Sequence[CandidateScore],
     chosen: Split | None,
     why: str,
+    hurry: bool = False,
 ) -> Decision:
     """The record of a decision.
 
@@ -43,7 +44,9 @@ def make_decision(
         candidates: best first.
         chosen: where to go; None to stay.
         why: goes after "Stay with ...: " or "Move from ...: ".
+        hurry: move quickly.
     """
+    begin = "Stay with" if chosen is None else "Move in a hurry from" if hurry else "Move from"
     return Decision(
         at=state.now,
         policy=policy,
@@ -53,5 +56,6 @@ def make_decision(
         candidates=tuple(candidates),
         verdict=Verdict.STAY if chosen is None else Verdict.MOVE,
         chosen=chosen,
-        sentence=f"{'Stay with' if chosen is None else 'Move from'} {describe(state.current)}: {why}.",
+        hurry=hurry and chosen is not None,
+        sentence=f"{begin} {describe(state.current)}: {why}.",
     )

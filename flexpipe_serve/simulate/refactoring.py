@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flexpipe_serve.errors import RefactorRefusedError
+from flexpipe_serve.planner.cost import GENTLE, HURRIED, LoadPace
 from flexpipe_serve.planner.profile import ModelProfile
 from flexpipe_serve.planner.transition import Transition
 from flexpipe_serve.planner.types import Split
@@ -26,10 +27,8 @@ class RefactoringTimes:
 
     start_s: float = 4.0
     """A stage's process."""
-    busy_share: float = 0.04
-    """Of a core, that loading gets while the pipeline computes."""
-    slowdown: float = 0.05
-    """Share by which steps take longer meanwhile."""
+    gentle: LoadPace = GENTLE
+    hurried: LoadPace = HURRIED
     migration_bytes_per_s: float = 4e7
     """Of KV from one domain to another."""
 
@@ -38,6 +37,7 @@ class SimulatedRefactoring:
     """From one split to another; :meth:`begin` and wait for ``switch``.
 
     Args:
+        hurry: load quickly.
         pipelines: those that are there before and after.
         switch: called once, when steps may take the new route.
     """
@@ -50,11 +50,13 @@ class SimulatedRefactoring:
         old: Split,
         new: Split,
         times: RefactoringTimes,
+        hurry: bool,
         pipelines: Sequence[SimulatedPipeline],
         switch: Callable[[], None],
     ) -> None:
         self._events = events
         self._times = times
+        self._pace = times.hurried if hurry else times.gentle
         self._pipelines = pipelines
         self._switch = switch
         self._transition = Transition(profile, old, new)
@@ -78,16 +80,18 @@ class SimulatedRefactoring:
         for pipeline in self._pipelines:
             if num_blocks < pipeline.scheduler.stats().num_blocks:
                 pipeline.scheduler.shrink(num_blocks)
-            pipeline.slowdown = self._times.slowdown
+            pipeline.slowdown = self._times.gentle.slowdown
         self._events.after(self._times.start_s if self._transition.num_started else 0.0, self._load)
 
     def _load(self) -> None:
         """Until all weights are there: at full speed while nothing computes."""
         if self._load_s <= 0:
+            self._slow(self._times.gentle.slowdown)
             self._copy()
             return
+        self._slow(self._pace.slowdown)
         is_idle = all(pipeline.is_idle for pipeline in self._pipelines)
-        speed = 1.0 if is_idle else self._times.busy_share
+        speed = 1.0 if is_idle else self._pace.share
         seconds = min(_LOOK_S, self._load_s / speed)
         self._load_s -= seconds * speed
         self._events.after(seconds, self._load)
@@ -103,6 +107,9 @@ class SimulatedRefactoring:
                 pipeline.fill()  # copies ride in steps
             self._events.after(_LOOK_S, self._try_to_switch)
             return
-        for pipeline in self._pipelines:
-            pipeline.slowdown = 0.0
+        self._slow(0.0)
         self._switch()
+
+    def _slow(self, share: float) -> None:
+        for pipeline in self._pipelines:
+            pipeline.slowdown = share

@@ -216,7 +216,7 @@ class Simulation:
             utilisation = decision.current.prediction.utilisation
             if decision.verdict is Verdict.MOVE and decision.chosen is not None:
                 self._decisions.append(decision)
-                self._refactor(decision.chosen)
+                self._refactor(decision.chosen, hurry=decision.hurry)
         stats = [pipeline.scheduler.stats() for pipeline in self._pipelines]
         self._samples.append(
             Sample(
@@ -249,7 +249,7 @@ class Simulation:
             limits=self._config.limits,
         )
 
-    def _refactor(self, new: Split) -> None:
+    def _refactor(self, new: Split, *, hurry: bool) -> None:
         old, asked_at = self._split, self._events.now
         num_kept = min(old.num_pipelines, new.num_pipelines)
 
@@ -267,6 +267,7 @@ class Simulation:
                 old=old,
                 new=new,
                 times=self._config.times,
+                hurry=hurry,
                 pipelines=self._pipelines[:num_kept],
                 switch=switch,
             ).begin()

@@ -102,6 +102,7 @@ def make_demand(
         num_waiting=num_waiting,
         num_running=num_running,
         num_arrived=1000,
+        num_alike=1000,
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from planner_cases import MIB, even_split, make_demand, make_device, make_profile, make_state
 
 from flexpipe_serve.pipeline.layout import make_layout
-from flexpipe_serve.planner.cost import SLOWDOWN, transition_cost
+from flexpipe_serve.planner.cost import GENTLE, HURRIED, transition_cost
 from flexpipe_serve.planner.latency import SplitModel
 from flexpipe_serve.planner.memory import num_kv_tokens
 from flexpipe_serve.planner.profile import ModelProfile
@@ -127,12 +127,19 @@ def test_the_cost_is_a_slowdown_of_all_who_are_there_meanwhile() -> None:
     transition = Transition(SMALL, old, new)
     present = SplitModel(StepTimes(SMALL, old), demand)
     state = make_state(old, demand, num_kv_tokens_in_use=10_000)
-    cost_s, duration_s, _ = transition_cost(transition, state, demand, present=present, latency_s=2.0)
-    # Always somebody there: loading has 4 % of a core. And 2 layers' KV at 40 MB/s.
-    assert duration_s == pytest.approx(2 * LAYER / (0.04 * 5e8) + 2 * 1536 * 10_000 / 4e7)
-    assert cost_s == pytest.approx(SLOWDOWN * 2.0 * 0.5 * duration_s)
-    calm, _, _ = transition_cost(transition, state, make_demand(0.01), present=present, latency_s=2.0)
+    cost_s, duration_s, hurried_s = transition_cost(
+        transition, state, demand, present=present, latency_s=2.0, pace=GENTLE
+    )
+    # Always somebody there: loading has its share of a core. And 2 layers' KV at 40 MB/s.
+    load_s, copy_s = 2 * LAYER / 5e8, 2 * 1536 * 10_000 / 4e7
+    assert duration_s == pytest.approx(load_s / GENTLE.share + copy_s)
+    assert cost_s == pytest.approx(GENTLE.slowdown * 2.0 * 0.5 * duration_s)
+    calm, _, _ = transition_cost(transition, state, make_demand(0.01), present=present, latency_s=2.0, pace=GENTLE)
     assert calm < 0.01 * cost_s
+    hurried = transition_cost(transition, state, demand, present=present, latency_s=2.0, pace=HURRIED)
+    assert hurried.duration_s == hurried_s == pytest.approx(load_s / HURRIED.share + copy_s)
+    slower_s = HURRIED.slowdown * load_s / HURRIED.share + GENTLE.slowdown * copy_s
+    assert hurried.cost_s == pytest.approx(slower_s * 2.0 * 0.5)
 
 
 def test_less_room_meanwhile_costs_more() -> None:
@@ -144,8 +151,8 @@ def test_less_room_meanwhile_costs_more() -> None:
     transition = Transition(SMALL, old, new)
     assert 0 < transition.num_kv_tokens < present.num_kv_tokens
     state = make_state(old, demand)
-    crowded = transition_cost(transition, state, demand, present=present, latency_s=2.0)
+    crowded = transition_cost(transition, state, demand, present=present, latency_s=2.0, pace=GENTLE)
     transition.num_kv_tokens = present.num_kv_tokens
-    roomy = transition_cost(transition, state, demand, present=present, latency_s=2.0)
+    roomy = transition_cost(transition, state, demand, present=present, latency_s=2.0, pace=GENTLE)
     assert crowded.duration_s == roomy.duration_s
     assert crowded.cost_s > roomy.cost_s

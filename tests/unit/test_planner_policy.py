@@ -332,19 +332,30 @@ def test_a_demand_that_swings_more_slowly_than_the_horizon_is_followed() -> None
 
 
 def test_capacity_is_not_given_away_while_a_peak_may_return() -> None:
-    """Loading takes half a minute when the cores are wanted: what would queue up meanwhile outweighs what one stage
-    saves when little is asked for, until the peak is long gone."""
+    """Loading takes half a minute also in a hurry: what would queue up meanwhile outweighs what one stage saves when
+    little is asked for, until the peak is long gone."""
+    profile = make_profile(hop_s=0.008, load_bytes_per_s=4e7)
     calm, peak = [0.3 * CAPACITY] * 150, [1.3 * CAPACITY] * 100
-    counts = [n for _, n in follow(gated(), calm + peak + calm + peak, current=even_split(1))]
+    counts = [n for _, n in follow(gated(), calm + peak + calm + peak, current=even_split(1), profile=profile)]
     assert counts
     assert min(counts) > 1
     policy = gated()
-    policy.decide(CHATTY, make_state(even_split(2), make_demand(1.3 * CAPACITY), devices=DEVICES))
+    policy.decide(profile, make_state(even_split(2), make_demand(1.3 * CAPACITY), devices=DEVICES))
     soon, late = (make_state(even_split(2), make_demand(0.3, at=at), devices=DEVICES) for at in (300.0, 4000.0))
-    decisions = [policy.decide(CHATTY, soon) for _ in range(NUM_AGREEING)]
+    decisions = [policy.decide(profile, soon) for _ in range(NUM_AGREEING)]
     assert {d.verdict for d in decisions} == {Verdict.STAY}
     assert [d.candidates[0].split for d in decisions] == [even_split(2)] * NUM_AGREEING
-    assert settle(policy, late).verdict is Verdict.MOVE
+    assert [policy.decide(profile, late) for _ in range(NUM_AGREEING)][-1].verdict is Verdict.MOVE
+
+
+def test_a_change_is_in_a_hurry_only_beyond_capacity() -> None:
+    busy, crowded = (settle(gated(), make_state(even_split(1), make_demand(share * CAPACITY), devices=DEVICES))
+                     for share in (0.95, 1.3))  # fmt: skip
+    assert (busy.verdict, busy.hurry) == (Verdict.MOVE, False)
+    assert (crowded.verdict, crowded.hurry) == (Verdict.MOVE, True)
+    assert "in a hurry" in crowded.sentence
+    calm = gated().decide(CHATTY, make_state(even_split(1), make_demand(0.1), devices=DEVICES))
+    assert not calm.hurry
 
 
 def test_what_takes_longer_than_the_horizon_pays_where_demand_lasts() -> None:

@@ -11,6 +11,7 @@ from made_up_models import MIB, make_device, make_profile
 
 from flexpipe_serve.bench.arrivals import Arrival, gamma_arrivals
 from flexpipe_serve.errors import ConfigError
+from flexpipe_serve.planner.cost import LoadPace
 from flexpipe_serve.planner.profile import StepShape
 from flexpipe_serve.planner.types import (
     CandidateScore,
@@ -147,7 +148,7 @@ def test_a_change_takes_its_time_and_then_steps_are_shorter():
 
 def test_under_load_loading_yields_and_steps_are_slower():
     arrivals = gamma_arrivals(300, rate=10, cv=1, num_prompt_tokens=50, num_output_tokens=20, seed=[2])
-    times = RefactoringTimes(start_s=0.0, busy_share=0.04, slowdown=0.5)
+    times = RefactoringTimes(start_s=0.0, gentle=LoadPace(share=0.04, slowdown=0.5))
     busy = run(arrivals, split_of(1), policy=Script((5.0, split_of(2))), times=times)
     (change,) = busy.changes
     assert change.switched_at is not None
@@ -160,7 +161,7 @@ def test_under_load_loading_yields_and_steps_are_slower():
 
 def test_kv_that_leaves_its_domain_is_copied_at_its_rate():
     # 1 KiB a token and layer: 1,000 tokens of 6 layers at 1 MiB/s.
-    times = RefactoringTimes(start_s=0.0, busy_share=1.0, slowdown=0.0, migration_bytes_per_s=MIB)
+    times = RefactoringTimes(start_s=0.0, gentle=LoadPace(share=1.0, slowdown=0.0), migration_bytes_per_s=MIB)
     arrivals = [Arrival(0.0, 1000, 3000)]
     (change,) = run(arrivals, split_of(1), policy=Script((5.0, split_of(2))), times=times).changes
     assert change.switched_at - change.asked_at == pytest.approx(0.18 + 6 * 1300 / 1024, rel=0.2)
