@@ -36,3 +36,32 @@ def work_bytes(spec: ModelSpec, *, num_tokens: int, itemsize: int) -> int:
     activations = num_tokens * width * itemsize
     logits = 64 * spec.vocab_size * 4 * 3
     return activations + logits
+
+
+class Overhead:
+    """What a stage's process takes beside weights and KV, with room for its largest step.
+
+    Steps leave some of their buffers behind. Those are in the estimate of a step already, so what counts is the least
+    that was seen with weights held: a process that has computed would seem to need the room twice, and layouts that
+    fitted before would be refused.
+
+    Args:
+        work_bytes: of the largest step.
+    """
+
+    def __init__(self, work_bytes: int) -> None:
+        self._work_bytes = work_bytes
+        self._least: int | None = None
+
+    def bytes(self, private_bytes: int, *, weights_bytes: int) -> int:
+        """As of now.
+
+        Args:
+            private_bytes: of the process.
+            weights_bytes: that are part of them.
+        """
+        taken = max(0, private_bytes - weights_bytes)
+        if not weights_bytes:
+            return taken + self._work_bytes
+        self._least = taken if self._least is None else min(self._least, taken)
+        return max(taken, self._least + self._work_bytes)

@@ -21,7 +21,7 @@ from flexpipe_serve.pipeline.cache_filler import CacheFiller
 from flexpipe_serve.pipeline.channel import Endpoint, Outlet
 from flexpipe_serve.pipeline.compute import stage_speed
 from flexpipe_serve.pipeline.inbox import Inbox, connect
-from flexpipe_serve.pipeline.memory import available_bytes, private_bytes, work_bytes
+from flexpipe_serve.pipeline.memory import Overhead, available_bytes, private_bytes, work_bytes
 from flexpipe_serve.pipeline.stage_copies import StageCopies
 from flexpipe_serve.pipeline.stage_loop import StageLoop
 from flexpipe_serve.pipeline.stage_types import Assignment, StageReport, StageSetup, folder_key, stage_compute
@@ -67,6 +67,9 @@ class Stage:
             kv=self._kv,
             copies=self._copies,
             stopping=self._stopping,
+        )
+        self._overhead = Overhead(
+            work_bytes(self.computer.spec, num_tokens=setup.num_work_tokens, itemsize=self.computer.dtype.itemsize)
         )
         self._changing = threading.Lock()
         """Held by the one call that changes what the stage holds."""
@@ -169,8 +172,7 @@ class Stage:
             start=held.start if held else 0,
             stop=held.stop if held else 0,
             weight_sizes=sizes,
-            overhead_bytes=max(0, private_bytes(self._device) - sizes.total)
-            + work_bytes(self.computer.spec, num_tokens=setup.num_work_tokens, itemsize=self.computer.dtype.itemsize),
+            overhead_bytes=self._overhead.bytes(private_bytes(self._device), weights_bytes=sizes.total),
             kv_bytes=self._kv.committed_bytes,
             num_blocks=self._kv.num_blocks,
             num_steps=self._loop.num_steps,

@@ -103,6 +103,53 @@ def test_nothing_is_known_at_first_and_silence_is_seen():
     assert demand_at(monitor, 400.0).rate == 0.0
 
 
+def test_a_rate_that_fell_is_not_told_again():
+    """The long windows still had what was before, and now and then they were believed again."""
+    change = 60.0
+    times = [*np.arange(0, change, 1 / 3), *np.arange(change, change + 100, 1 / 0.7)]
+    monitor, told = DemandMonitor(), {}
+    for at in times:
+        monitor.arrived(float(at), num_prompt_tokens=1)
+        told[at] = demand_at(monitor, at)
+    late = [demand.rate for at, demand in told.items() if at > change + 8]
+    assert max(late) < 1.2
+    assert late[-1] == pytest.approx(0.7, rel=0.1)
+    assert told[times[179]].num_alike == 180
+    assert min(demand.num_alike for at, demand in told.items() if at > change) < 10
+
+
+@pytest.mark.parametrize("cv", [1.0, 4.0])
+def test_bursts_change_no_rate(cv):
+    wrong = total = 0
+    for seed in range(4):
+        monitor = DemandMonitor()
+        for i, at in enumerate(gamma_times(1500, rate=5.0, cv=cv, seed=seed)):
+            monitor.arrived(float(at), num_prompt_tokens=1)
+            if i % 10 == 9:
+                wrong += demand_at(monitor, at).num_alike <= i
+                total += 1
+    assert wrong < 0.3 * total
+
+
+def test_prompts_that_come_seldom_are_told_from_the_last_few():
+    """Fewer came in 15 s than a window needs, and those of before counted for half a minute."""
+    monitor = monitor_of(np.arange(0, 20, 1 / 3), num_prompt_tokens=96)
+    for index in range(5):
+        monitor.arrived(20.0 + 3 * index, num_prompt_tokens=32)
+    for at in (32.0, 32.5, 40.0, 60.0):
+        assert demand_at(monitor, at).prompt_tokens == 32
+
+
+def test_a_few_long_prompts_are_chance():
+    rng = np.random.default_rng(3)
+    monitor, told = DemandMonitor(), []
+    for index, length in enumerate(rng.exponential(100, 2000)):
+        monitor.arrived(0.5 * index, num_prompt_tokens=1 + int(length))
+        if index > 100:
+            told.append(demand_at(monitor, 0.5 * index).prompt_tokens)
+    assert np.mean(np.abs(np.array(told) / 100 - 1) > 0.5) < 0.03
+
+
 def test_a_burst_at_the_start_is_no_rate():
     assert demand_at(monitor_of([1.0] * 30), 1.0).rate == 6.0
 

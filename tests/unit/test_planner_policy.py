@@ -138,6 +138,17 @@ def test_no_requests_or_too_few_are_no_reason() -> None:
     assert "3 requests so far" in decision.sentence
 
 
+def test_a_demand_that_has_just_changed_moves_nothing_while_nobody_waits() -> None:
+    """The first requests after a change look like a mixture of both."""
+    demand = msgspec.structs.replace(make_demand(1.3 * CAPACITY), num_alike=4)
+    policy = gated()
+    decisions = [policy.decide(CHATTY, make_state(even_split(1), demand, devices=DEVICES)) for _ in range(5)]
+    assert {d.verdict for d in decisions} == {Verdict.STAY}
+    assert "has just changed, 4 requests since" in decisions[0].sentence
+    crowded = msgspec.structs.replace(demand, num_waiting=5)
+    assert gated().decide(CHATTY, make_state(even_split(1), crowded, devices=DEVICES)).verdict is Verdict.MOVE
+
+
 # ------------------------------------------------------------------ the gate
 
 
