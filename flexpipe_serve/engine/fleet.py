@@ -105,7 +105,7 @@ class Fleet:
             await self._add(stream)
             async for output in stream:
                 self._routing.note_output(stream)
-                self._planner.on_output(len(output.token_ids))
+                self._planner.on_output(len(output.token_ids), num_before=num_output_tokens)
                 num_output_tokens += len(output.token_ids)
                 has_failed = has_failed or output.error is not None
                 yield output
@@ -113,6 +113,8 @@ class Fleet:
             if stream.is_over and not has_failed:
                 latency_s = time.monotonic() - arrived_at
                 self._planner.on_finish(num_output_tokens=num_output_tokens, latency_s=latency_s)
+            else:
+                self._planner.on_leave(num_output_tokens=num_output_tokens)
             stream.leave()
             self._routing.close(stream, num_output_tokens=num_output_tokens if stream.is_over else None)
 

@@ -93,15 +93,20 @@ class PlannerService:
         with self._watching:
             self._monitor.arrived(time.monotonic(), num_prompt_tokens=num_prompt_tokens)
 
-    def on_output(self, num_tokens: int) -> None:
-        """A request got tokens."""
+    def on_output(self, num_tokens: int, *, num_before: int) -> None:
+        """A request that had ``num_before`` tokens got some more."""
         with self._watching:
-            self._monitor.generated(time.monotonic(), num_tokens=num_tokens)
+            self._monitor.generated(time.monotonic(), num_tokens=num_tokens, num_before=num_before)
 
     def on_finish(self, *, num_output_tokens: int, latency_s: float) -> None:
         """A request came to its own end, without an error."""
         with self._watching:
             self._monitor.finished(time.monotonic(), num_output_tokens=num_output_tokens, latency_s=latency_s)
+
+    def on_leave(self, *, num_output_tokens: int) -> None:
+        """A request failed or was given up."""
+        with self._watching:
+            self._monitor.left(num_output_tokens=num_output_tokens)
 
     # ------------------------------------------------------------------ control
 

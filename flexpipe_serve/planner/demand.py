@@ -70,11 +70,14 @@ class DemandMonitor:
         for window in (self._glance, *self._arrivals):
             window.add(at)
         self._prompt_tokens.add(at, num_prompt_tokens)
-        self._output_lengths.arrived(at)
 
-    def generated(self, at: float, *, num_tokens: int) -> None:
-        """A request got so many tokens more; the only call for what ends in another way than well."""
-        self._output_lengths.generated(at, num_tokens)
+    def generated(self, at: float, *, num_tokens: int, num_before: int) -> None:
+        """A request that had ``num_before`` tokens got some more."""
+        self._output_lengths.generated(at, num_tokens, num_before=num_before)
+
+    def left(self, *, num_output_tokens: int) -> None:
+        """A request failed or was given up with so many tokens."""
+        self._output_lengths.left(num_output_tokens)
 
     def finished(self, at: float, *, num_output_tokens: int, latency_s: float) -> None:
         """A request ended well, ``latency_s`` after it came; its tokens were told of as they came."""
@@ -117,9 +120,10 @@ class DemandMonitor:
                 continue
             is_new = window.contradicts(at, rate, cv=cv)
             if is_new:
-                self._since = window.begin(at)
-                self._num_before = self._num_arrived - window.num_arrivals(at)
-            if is_new or (window is not self._glance and window.num_arrivals(at) >= _MIN_ARRIVALS_OF_RATE):
+                self._since, num_alike = window.change(at, rate)
+                self._num_before = self._num_arrived - num_alike
+                rate = num_alike / covered_s(at, since=self._since)
+            elif window is not self._glance and window.num_arrivals(at) >= _MIN_ARRIVALS_OF_RATE:
                 rate = window.rate(at)
         return rate
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 _WINDOWS_S = (180.0, 60.0, 15.0, 5.0)
 _ENOUGH = 30
 """Ends in a window, before it is taken instead of a longer one."""
-_PRIOR_WEIGHT = 4.0
-"""Ends that what the longer windows say counts for in a shorter one."""
+_FEW = 5
+"""Ends that say little by themselves."""
+_MAX_ENDED = 256
+"""The latest, that are remembered."""
 _NUM_DEVIATIONS = 3.0
 """By which a window must contradict the longer ones to be taken with fewer ends."""
 
@@ -21,20 +24,20 @@ class _Counts(NamedTuple):
 
     num_tokens: int
     num_ended: int
-    num_arrived: int
     num_ended_tokens: int
     """Of those that ended, also what they got before."""
 
 
 class OutputLengths:
-    """Mean output length from all tokens generated, also by requests that run or were given up.
+    """Mean output length, also from requests that run.
 
-    Of a length of which so much is done and the end unknown, the maximum-likelihood mean is tokens generated over
-    requests ended, where every token is as likely to be the last (an exponential length under right-censoring). In a
-    window of time that is right for any lengths in a steady flow. When lengths change, short windows show it first: of
-    5 to 180 s the longest is believed until a shorter one has enough ends, or other ends than could be by chance: then
-    what was before is forgotten. Many ends at once may also be those of requests that came at once; outputs have become
-    shorter only where those that ended are.
+    Of those only so much is known as that they are longer than what they have by now: the mean is the area under the
+    Kaplan-Meier estimate of their lengths' distribution, which counts each as long as it was seen. Lengths nobody has
+    reached yet are in no estimate, so while none has ended it is what they have got.
+
+    When lengths change, short windows show it first: of 5 to 180 s the longest is believed until a shorter one has
+    enough ends, or other ends than could be by chance: then what was before is forgotten. Many ends at once may also be
+    those of requests that came at once; outputs have become shorter only where those that ended are.
 
     Constant time a token; memory for 180 s.
     """
@@ -44,57 +47,74 @@ class OutputLengths:
         """Those in which something happened, rising."""
         self._before: deque[_Counts] = deque()
         """What had happened before each."""
-        self._num_tokens = self._num_ended = self._num_arrived = self._num_ended_tokens = 0
+        self._num_tokens = self._num_ended = self._num_ended_tokens = 0
+        self._running: Counter[int] = Counter()
+        """Requests by tokens that they have."""
+        self._ended: deque[tuple[float, int]] = deque(maxlen=_MAX_ENDED)
+        """When, and how many tokens it had."""
         self._since = -math.inf
         """Lengths have changed then; what was before is not looked at."""
+        self._least = 0.0
+        """They have become longer than that."""
         self._known = 0.0
 
-    def arrived(self, at: float) -> None:
-        """A request came. Times of calls never fall."""
-        self._note(at)
-        self._num_arrived += 1
-
-    def generated(self, at: float, num_tokens: int) -> None:
-        """Some request got so many tokens."""
+    def generated(self, at: float, num_tokens: int, *, num_before: int) -> None:
+        """Some request got so many tokens, after ``num_before``. Times of calls never fall."""
         self._note(at)
         self._num_tokens += num_tokens
+        self._leave(num_before)
+        self._running[num_before + num_tokens] += 1
 
     def ended(self, at: float, num_tokens: int) -> None:
-        """A request came to its own end with so many tokens in all, which were told of as they came; one that failed or
-        was given up did not."""
+        """A request came to its own end with so many tokens in all, which were told of as they came."""
         self._note(at)
         self._num_ended += 1
         self._num_ended_tokens += num_tokens
+        self._leave(num_tokens)
+        self._ended.append((at, num_tokens))
+
+    def left(self, num_tokens: int) -> None:
+        """A request failed or was given up with so many tokens."""
+        self._leave(num_tokens)
 
     def mean(self, at: float) -> float:
         """As of ``at``; what was told last where nothing has happened for long, 0 before anything has."""
         longest, *shorter = (self._window(at, window_s) for window_s in _WINDOWS_S)
         if not longest.num_tokens:
             return self._known
-        # Where hardly any has ended, what each request has got by now says more than the ends.
-        so_far = longest.num_tokens / max(1, longest.num_arrived, longest.num_ended)
-        known = _blend(longest, so_far)
+        known = self._mean_since(at - _WINDOWS_S[0])
         for window_s, window in zip(_WINDOWS_S[1:], shorter, strict=True):
-            if _are_shorter(window, known):
-                self._since = max(self._since, at - window_s)
-                known = max(window.num_tokens, window.num_ended_tokens) / window.num_ended
-            elif _are_longer(window, known):
-                self._since = max(self._since, at - window_s)
-                known = _blend(window, known)
-            elif window.num_ended >= _ENOUGH:
-                known = _blend(window, known)
+            if _are_longer(window, known):
+                self._since, self._least = at, known  # those that ended were still short
+                known = self._mean_since(at)
+                break
+            is_new = _are_shorter(window, known)
+            if is_new:
+                self._since, self._least = max(self._since, at - window_s), 0.0
+            if is_new or window.num_ended >= _ENOUGH:
+                known = self._mean_since(at - window_s)
         self._known = known
         return known
+
+    def _mean_since(self, begin: float) -> float:
+        ended = [num_tokens for at, num_tokens in self._ended if at > max(begin, self._since)]
+        mean = _survival_mean(ended, self._running)
+        return mean if len(ended) >= _FEW else max(mean, self._least)
+
+    def _leave(self, num_tokens: int) -> None:
+        if self._running[num_tokens] > 1:
+            self._running[num_tokens] -= 1
+        else:
+            del self._running[num_tokens]
 
     def _window(self, at: float, window_s: float) -> _Counts:
         index = bisect_right(self._seconds, max(at - window_s, self._since))
         if index == len(self._seconds):
-            return _Counts(0, 0, 0, 0)
+            return _Counts(0, 0, 0)
         before = self._before[index]
         return _Counts(
             self._num_tokens - before.num_tokens,
             self._num_ended - before.num_ended,
-            self._num_arrived - before.num_arrived,
             self._num_ended_tokens - before.num_ended_tokens,
         )
 
@@ -103,7 +123,7 @@ class OutputLengths:
         if self._seconds and self._seconds[-1] == second:
             return
         self._seconds.append(second)
-        self._before.append(_Counts(self._num_tokens, self._num_ended, self._num_arrived, self._num_ended_tokens))
+        self._before.append(_Counts(self._num_tokens, self._num_ended, self._num_ended_tokens))
         while self._seconds[0] < second - _WINDOWS_S[0]:
             self._seconds.popleft()
             self._before.popleft()
@@ -111,7 +131,7 @@ class OutputLengths:
 
 def _are_longer(window: _Counts, known: float) -> bool:
     """Whether fewer have ended than could be by chance, were the mean ``known``."""
-    expected = window.num_tokens / known
+    expected = window.num_tokens / max(1.0, known)
     return expected - window.num_ended > _NUM_DEVIATIONS * math.sqrt(max(expected, window.num_ended))
 
 
@@ -120,11 +140,23 @@ def _are_shorter(window: _Counts, known: float) -> bool:
     exponential lengths. And whether no more is generated than ended, or the long ones are still to come."""
     if not window.num_ended:
         return False
-    ratio = max(window.num_tokens, window.num_ended_tokens, 1) / (window.num_ended * known)
+    ratio = max(window.num_tokens, window.num_ended_tokens, 1) / (window.num_ended * max(1.0, known))
     return ratio < 1 and 2 * window.num_ended * (ratio - 1 - math.log(ratio)) > _NUM_DEVIATIONS**2
 
 
-def _blend(window: _Counts, prior: float) -> float:
-    """Requests that began before the window and end in it together would seem short by its tokens alone."""
-    num_tokens = max(window.num_tokens, window.num_ended_tokens)
-    return (num_tokens + _PRIOR_WEIGHT * prior) / (window.num_ended + _PRIOR_WEIGHT)
+def _survival_mean(ended: Sequence[int], running: Mapping[int, int]) -> float:
+    """Area under the Kaplan-Meier estimate.
+
+    Args:
+        ended: lengths.
+        running: requests that have so much, and will have more.
+    """
+    ends = Counter(ended)
+    num_left = len(ended) + sum(running.values())
+    survival, area, before = 1.0, 0.0, 0
+    for num_tokens in sorted({*ends, *running}):
+        area += survival * (num_tokens - before)
+        before = num_tokens
+        survival *= 1 - ends[num_tokens] / num_left
+        num_left -= ends[num_tokens] + running.get(num_tokens, 0)
+    return area

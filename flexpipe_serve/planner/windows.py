@@ -48,13 +48,13 @@ class MomentWindow:
     """
 
     def __init__(self, window_s: float) -> None:
-        self._slot_s = window_s / _NUM_SLOTS
+        self.slot_s = window_s / _NUM_SLOTS
         self._slots: deque[_Slot] = deque()
 
     def add(self, at: float, value: float) -> None:
         """Take a value in; ``at`` never falls."""
         self._drop_old(at)
-        number = math.floor(at / self._slot_s)
+        number = math.floor(at / self.slot_s)
         if not self._slots or self._slots[-1].number < number:
             self._slots.append(_Slot(number, value))
             return
@@ -81,7 +81,7 @@ class MomentWindow:
 
     def forget(self, before: float) -> None:
         """Drop what was before a time, and up to a slot more."""
-        while self._slots and self._slots[0].number * self._slot_s < before - _ROUNDING:
+        while self._slots and self._slots[0].number * self.slot_s < before - _ROUNDING:
             self._slots.popleft()
 
     def count(self, at: float) -> int:
@@ -91,16 +91,16 @@ class MomentWindow:
 
     def begin(self, at: float) -> float:
         """Where the window as of ``at`` begins."""
-        return (math.floor(at / self._slot_s) - _NUM_SLOTS + 1) * self._slot_s
+        return (math.floor(at / self.slot_s) - _NUM_SLOTS + 1) * self.slot_s
 
     def counts(self, at: float) -> Iterator[tuple[float, float, int]]:
         """Begin, end and number of values of each slot with any, oldest first."""
         self._drop_old(at)
         for slot in self._slots:
-            yield slot.number * self._slot_s, (slot.number + 1) * self._slot_s, 1 + slot.num_others
+            yield slot.number * self.slot_s, (slot.number + 1) * self.slot_s, 1 + slot.num_others
 
     def _drop_old(self, at: float) -> None:
-        oldest = math.floor(at / self._slot_s) - _NUM_SLOTS + 1
+        oldest = math.floor(at / self.slot_s) - _NUM_SLOTS + 1
         while self._slots and self._slots[0].number < oldest:
             self._slots.popleft()
 
@@ -207,6 +207,21 @@ class ArrivalWindow:
         return abs(self.num_arrivals(at) - expected) > NUM_DEVIATIONS * max(_LEAST_CV, cv) * math.sqrt(
             max(1.0, expected)
         )
+
+    def change(self, at: float, rate: float) -> tuple[float, int]:
+        """When in the window the rate has most likely changed from ``rate``, by the likelihood of what came since; and
+        how many that is."""
+        best = (-math.inf, self.begin(at), self.num_arrivals(at))
+        num_since = 0
+        for begin, _, count in reversed(list(self._gaps.counts(at))):
+            num_since += count
+            # Either side of a slot with arrivals: with them a rise begins, without them a fall.
+            for since, num in ((begin, num_since), (begin + self._gaps.slot_s, num_since - count)):
+                if self.begin(at) <= since < at:
+                    excess = rate * (at - since) - num
+                    likelihood = excess + (num * math.log(num / (num + excess)) if num else 0.0)
+                    best = max(best, (likelihood, since, num))
+        return best[1:]
 
     def _covered_s(self, at: float) -> float:
         return covered_s(at, since=self.begin(at))

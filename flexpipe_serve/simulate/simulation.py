@@ -162,8 +162,9 @@ class Simulation:
         request = self._requests[sequence.request_id]
         if request.first_token_at is None:
             request.first_token_at = sequence.first_token_time
-        if update.new_token_ids:
-            self._monitor.generated(self._events.now, num_tokens=len(update.new_token_ids))
+        if num_new := len(update.new_token_ids):
+            num_before = request.num_output_before + sequence.num_output_tokens - num_new
+            self._monitor.generated(self._events.now, num_tokens=num_new, num_before=num_before)
         if update.finished:
             self._end(sequence)
 

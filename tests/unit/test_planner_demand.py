@@ -118,6 +118,18 @@ def test_a_rate_that_fell_is_not_told_again():
     assert min(demand.num_alike for at, demand in told.items() if at > change) < 10
 
 
+@pytest.mark.parametrize(("before", "after"), [(3.0, 0.8), (0.8, 3.0), (2.0, 0.0)])
+def test_when_a_rate_has_changed(before, after):
+    change = 20.0
+    window = ArrivalWindow(5.0)
+    times = [*np.arange(0, change, 1 / before), *(np.arange(change, change + 4, 1 / after) if after else ())]
+    for at in times:
+        window.add(float(at))
+    since, num_since = window.change(change + 4, before)
+    assert since == pytest.approx(change, abs=0.7)
+    assert abs(num_since - sum(at >= since for at in times)) <= 1  # one may lie on the edge
+
+
 @pytest.mark.parametrize("cv", [1.0, 4.0])
 def test_bursts_change_no_rate(cv):
     wrong = total = 0
@@ -191,8 +203,9 @@ def test_lengths_follow_a_shift_and_outlast_silence():
         late = i >= 300
         monitor.arrived(i * 0.4, num_prompt_tokens=50 if late else 500)
         num_output_tokens = 200 if late else 20
-        monitor.generated(i * 0.4, num_tokens=num_output_tokens)
+        monitor.generated(i * 0.4, num_tokens=num_output_tokens, num_before=0)
         monitor.finished(i * 0.4, num_output_tokens=num_output_tokens, latency_s=4.0 if late else 1.0)
+        demand_at(monitor, i * 0.4)
     demand = demand_at(monitor, 160.0)
     assert demand.prompt_tokens == 50
     assert demand.output_tokens == pytest.approx(200, rel=0.05)
@@ -206,7 +219,7 @@ def test_work_varies_with_both_lengths():
     prompts, outputs = rng.exponential(1000, 400).astype(int), rng.exponential(50, 400).astype(int)
     for i in range(400):
         monitor.arrived(i * 0.01, num_prompt_tokens=int(prompts[i]))
-        monitor.generated(i * 0.01, num_tokens=int(outputs[i]))
+        monitor.generated(i * 0.01, num_tokens=int(outputs[i]), num_before=0)
         monitor.finished(i * 0.01, num_output_tokens=int(outputs[i]), latency_s=1.0)
     work = prompts * 0.1 + outputs
     assert demand_at(monitor, 4.0).service_cv == pytest.approx(work.std() / work.mean(), rel=0.1)

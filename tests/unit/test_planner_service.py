@@ -186,14 +186,15 @@ def test_off_decides_nothing_but_answers(bench: Bench) -> None:
 def test_demand_reaches_the_policy(bench: Bench) -> None:
     for _ in range(4):
         bench.service.on_arrival(num_prompt_tokens=40)
-    for _ in range(8):
-        bench.service.on_output(5)
+    for num_tokens in (10, 20, 30):
+        bench.service.on_output(num_tokens, num_before=0)
     bench.service.on_finish(num_output_tokens=10, latency_s=0.5)
+    bench.service.on_leave(num_output_tokens=30)
     bench.service.max_bytes_per_s = 1e6
     bench.service.plan()
     state = bench.policy.states[-1]
     assert (state.demand.num_arrived, state.demand.num_waiting, state.demand.num_running) == (4, 1, 2)
-    assert 10 < state.demand.output_tokens < 40  # 40 tokens of which only 10 are of the one that has ended
+    assert state.demand.output_tokens == 15  # one ended with 10, one has 20 and will have more
     assert state.demand.prefix_hit_share == 0.5
     assert state.num_kv_tokens_in_use == 3
     assert state.migration_bytes_per_s == 1e6
