@@ -80,7 +80,7 @@ class SimulatedRefactoring:
         for pipeline in self._pipelines:
             if num_blocks < pipeline.scheduler.stats().num_blocks:
                 pipeline.scheduler.shrink(num_blocks)
-            pipeline.slowdown = self._times.gentle.slowdown
+        self._slow(self._times.gentle.slowdown)
         self._events.after(self._times.start_s if self._transition.num_started else 0.0, self._load)
 
     def _load(self) -> None:
