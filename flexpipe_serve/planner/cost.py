@@ -26,6 +26,7 @@ class LoadPace(NamedTuple):
 GENTLE = LoadPace(share=0.027, slowdown=0.03)
 """Nobody is to notice."""
 HURRIED = LoadPace(share=0.5, slowdown=0.5)
+"""A quarter to a half of the tokens were lost in a benchmark's hurried moments."""
 
 
 class Cost(NamedTuple):

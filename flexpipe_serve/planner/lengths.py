@@ -62,7 +62,7 @@ class OutputLengths:
         """Some request got so many tokens, after ``num_before``. Times of calls never fall."""
         self._note(at)
         self._num_tokens += num_tokens
-        self._leave(num_before)
+        self.left(num_before)
         self._running[num_before + num_tokens] += 1
 
     def ended(self, at: float, num_tokens: int) -> None:
@@ -70,12 +70,15 @@ class OutputLengths:
         self._note(at)
         self._num_ended += 1
         self._num_ended_tokens += num_tokens
-        self._leave(num_tokens)
+        self.left(num_tokens)
         self._ended.append((at, num_tokens))
 
     def left(self, num_tokens: int) -> None:
-        """A request failed or was given up with so many tokens."""
-        self._leave(num_tokens)
+        """A request that had so many tokens runs no more: it failed or was given up."""
+        if self._running[num_tokens] > 1:
+            self._running[num_tokens] -= 1
+        else:
+            del self._running[num_tokens]
 
     def mean(self, at: float) -> float:
         """As of ``at``; what was told last where nothing has happened for long, 0 before anything has."""
@@ -100,12 +103,6 @@ class OutputLengths:
         ended = [num_tokens for at, num_tokens in self._ended if at > max(begin, self._since)]
         mean = _survival_mean(ended, self._running)
         return mean if len(ended) >= _FEW else max(mean, self._least)
-
-    def _leave(self, num_tokens: int) -> None:
-        if self._running[num_tokens] > 1:
-            self._running[num_tokens] -= 1
-        else:
-            del self._running[num_tokens]
 
     def _window(self, at: float, window_s: float) -> _Counts:
         index = bisect_right(self._seconds, max(at - window_s, self._since))
