@@ -6,12 +6,56 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from flexpipe_serve.pipeline import background
 from flexpipe_serve.pipeline.background import gently, in_background
+
+NUM_WORKERS = 3
+NUM_ROUNDS = 4
+
+
+class Rests:
+    """Counts rests, and how many there are at the same time; ``all_meet`` makes every rest wait for the others'."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.most_at_once = 0
+        self.all_meet: threading.Barrier | None = None
+        self._at_once = 0
+        self._lock = threading.Lock()
+
+    def sleep(self, seconds: float) -> None:
+        with self._lock:
+            self.seconds.append(seconds)
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+        if self.all_meet is not None:
+            self.all_meet.wait()
+        time.sleep(0.001)  # so that others can be in here too
+        with self._lock:
+            self._at_once -= 1
+
+
+def burn(pace: Callable[[], None]) -> float:
+    """A few rounds of 2 ms of work; the CPU seconds they take at least."""
+    pace()
+    for _ in range(NUM_ROUNDS):
+        end = time.thread_time() + 0.002
+        while time.thread_time() < end:
+            pass
+        pace()
+    return NUM_ROUNDS * 0.002
+
+
+def in_threads(work: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(NUM_WORKERS) as pool:
+        for done in [pool.submit(work) for _ in range(NUM_WORKERS)]:
+            done.result()
 
 
 def scheduling() -> tuple[int, int]:
@@ -60,29 +104,31 @@ def test_work_that_starves_goes_on_with_a_share(monkeypatch: pytest.MonkeyPatch,
     assert share < 0.1
 
 
-def test_work_of_several_has_one_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each alone would have it; stages of a node that load at the same time have it together."""
-    monkeypatch.setattr(background, "_SPARE_CORES", 1e9)  # never
-    shares: list[float] = []
+@pytest.fixture
+def rests(monkeypatch: pytest.MonkeyPatch) -> Rests:
+    """Takes the place of the clock while work rests; the machine never has cores to spare, and nobody starves."""
+    rests = Rests()
+    monkeypatch.setattr(background, "_SPARE_CORES", 1e9)
+    monkeypatch.setattr(background, "_PATIENCE_S", 1e9)
+    clock = SimpleNamespace(sleep=rests.sleep, monotonic=time.monotonic, thread_time=time.thread_time)
+    monkeypatch.setattr(background, "time", clock)
+    return rests
 
-    def work(pace: Callable[[], None]) -> None:
-        pace()
-        for _ in range(4):
-            end = time.thread_time() + 0.002
-            while time.thread_time() < end:
-                pass
-            pace()
 
-    def measure(folders: list[Path]) -> float:
-        threads = [threading.Thread(target=lambda f=folder: gently(work, folder=f)) for folder in folders]
-        started = time.monotonic()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return 0.008 * len(folders) / (time.monotonic() - started)
+def test_work_rests_in_proportion_to_what_it_used(rests: Rests, tmp_path: Path) -> None:
+    used = gently(burn, folder=tmp_path)
+    assert len(rests.seconds) == NUM_ROUNDS
+    assert sum(rests.seconds) >= 49 * used, "2 % of a core"
 
-    shares = [measure([tmp_path]), measure([tmp_path] * 3), measure([tmp_path / "gone"] * 3)]
-    assert shares[0] < 0.03
-    assert shares[1] < 0.03
-    assert shares[2] > shares[1]
+
+def test_work_of_several_has_one_share(rests: Rests, tmp_path: Path) -> None:
+    """Stages of a node that load at the same time have it together: they rest one after the other."""
+    in_threads(lambda: gently(burn, folder=tmp_path))
+    assert len(rests.seconds) == NUM_WORKERS * NUM_ROUNDS
+    assert rests.most_at_once == 1
+
+
+def test_nobody_waits_for_a_folder_that_is_gone(rests: Rests, tmp_path: Path) -> None:
+    rests.all_meet = threading.Barrier(NUM_WORKERS, timeout=60)
+    in_threads(lambda: gently(burn, folder=tmp_path / "gone"))
+    assert rests.most_at_once == NUM_WORKERS
