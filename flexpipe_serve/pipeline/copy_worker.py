@@ -43,7 +43,10 @@ class CopyWorker:
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._steps_at_once = 1
         """So many wake the thread."""
-        self._is_giving = False
+        self._num_gives = 0
+        """Told by the data loop."""
+        self._num_begun = 0
+        """Of these, by the thread."""
         self._thread = threading.Thread(target=self._run, name=f"{name}-copies", daemon=True)
         self._thread.start()
 
@@ -51,12 +54,19 @@ class CopyWorker:
 
     def give(self, header: CopyHeader, buffers: Sequence[Frame], *, last_step: int) -> None:
         """See StageCopies.give."""
-        self._is_giving = True
-        self._put(lambda: self._copies.give(header, buffers, last_step=last_step))
+
+        def give() -> None:
+            try:
+                self._copies.give(header, buffers, last_step=last_step)
+            finally:
+                self._num_begun += 1
+
+        self._num_gives += 1
+        self._put(give)
 
     def on_step(self, epoch: int, step: int, batch: StepBatch | None) -> None:
         """See StageCopies.on_step. While nobody waits for a patch, the thread is not woken for each step."""
-        if self._is_giving:
+        if self._num_gives > self._num_begun or self._copies.is_giving:
             now = time.monotonic()
             self._tasks.append(lambda: self._copies.on_step(epoch, step, batch, now=now))
             if len(self._tasks) >= self._steps_at_once:
@@ -97,7 +107,6 @@ class CopyWorker:
         def run() -> None:
             try:
                 task()
-                self._is_giving = self._copies.is_giving
             finally:
                 done.set_result(None)
 

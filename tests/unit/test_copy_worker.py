@@ -21,12 +21,12 @@ _HEARD_S = 20.0
 class FakeCopies:
     """Notes what it is told. An acknowledgement completes the snapshot."""
 
-    is_giving = True
-
     def __init__(self) -> None:
+        self.is_giving = False
         self.is_copying = False
         self.heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.niceness = 0
+        self.may_forget = threading.Event()
         self.follow: Callable[[], None] | None = None
         """Called for each step, while the snapshot got no turn."""
 
@@ -34,7 +34,7 @@ class FakeCopies:
         return [self.heard.get(timeout=_HEARD_S) for _ in range(num)]
 
     def give(self, header: CopyHeader, buffers: object, *, last_step: int) -> None:
-        self.is_copying = True
+        self.is_giving = self.is_copying = True
         self.niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         self.heard.put("give")
 
@@ -53,6 +53,10 @@ class FakeCopies:
 
     def ready_at(self, now: float) -> None:
         return None
+
+    def forget(self, epoch: int) -> None:
+        self.heard.put("forget")
+        self.may_forget.wait(_HEARD_S)
 
     def forget_all(self) -> None:
         pass
@@ -130,6 +134,22 @@ def test_the_snapshot_gets_its_turn_where_steps_come_faster_than_their_patches_g
     while copies.heard.get(timeout=_HEARD_S) != "ack":
         pass
     assert next(left, None) is not None
+
+
+def test_steps_are_mirrored_from_the_word_to_copy_on_also_where_an_epoch_is_forgotten_then(copies: FakeCopies) -> None:
+    """The thread that forgot, with no copy begun so far, let the steps behind the word to copy go unheard."""
+    worker = CopyWorker(copies, name="stage-0", on_applied=lambda epoch: None)  # type: ignore[arg-type]
+    forgetting = threading.Thread(target=worker.forget, args=(1,), daemon=True)
+    forgetting.start()
+    assert copies.next_heard(1) == ["forget"]
+    worker.give(COPY, [], last_step=1)
+    copies.may_forget.set()
+    forgetting.join(_HEARD_S)
+    assert copies.next_heard(1) == ["give"]
+    worker.on_step(1, 2, None)
+    worker.on_ack(ACK)
+    assert copies.next_heard(2) == [2, "ack"]
+    worker.close()
 
 
 def test_it_gives_way_to_steps(worker: CopyWorker, copies: FakeCopies) -> None:
