@@ -4,13 +4,14 @@ clock comes in."""
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.planner.lengths import OutputLengths
 from flexpipe_serve.planner.stall import StallDetector
 from flexpipe_serve.planner.types import Demand, Trigger
-from flexpipe_serve.planner.windows import NUM_DEVIATIONS, ArrivalWindow, Moments, RecentMoments, covered_s
+from flexpipe_serve.planner.windows import NUM_DEVIATIONS, ArrivalWindow, Moments, RecentMoments, covered_s, pooled_cv
 
 _MIN_ARRIVALS = 10
 """In a window, before its CV says anything."""
@@ -21,6 +22,8 @@ _GLANCE_S = 5.0
 _MIN_ENDED = 30
 """Requests in a window, before its lengths are taken instead of a longer window's."""
 _SURGE = 0.5
+_MOST_ALIKE = 256
+"""Gaps between arrivals that are told apart when the rate has changed."""
 
 
 def trigger_of(demand: Demand, *, is_stalled: bool, horizon_s: float) -> Trigger:
@@ -62,11 +65,21 @@ class DemandMonitor:
         """The rate has changed then."""
         self._num_before = 0
         """Arrivals before that."""
+        self._gaps_since = Moments()
+        """Between arrivals after that."""
+        self._gap_between = Moments()
+        """The one from before to after, if it is over."""
+        self._last_gaps: deque[float] = deque(maxlen=_MOST_ALIKE)
+        self._last_at: float | None = None
         self._stalls = StallDetector(give_up_after_s=windows_s[-1])
 
     def arrived(self, at: float, *, num_prompt_tokens: int) -> None:
         """A request came. Times of calls never fall."""
         self._num_arrived += 1
+        if self._last_at is not None:
+            self._last_gaps.append(at - self._last_at)
+            self._gaps_since = self._gaps_since.with_value(at - self._last_at)
+        self._last_at = at
         for window in (self._glance, *self._arrivals):
             window.add(at)
         self._prompt_tokens.add(at, num_prompt_tokens)
@@ -87,8 +100,8 @@ class DemandMonitor:
 
     def demand(self, at: float, *, num_waiting: int, num_running: int, prefix_hit_share: float = 0.0) -> Demand:
         """As of ``at``. With no request yet all is 0, and a CV that is not known is 1 (Poisson)."""
-        cvs = {w: w.cv(at) for w in self._arrivals if w.num_arrivals(at) >= _MIN_ARRIVALS}
-        cv = next((cvs[w] for w in self._planning if w in cvs), 1.0)
+        cvs = {w: w.gaps(at).cv for w in self._arrivals if w.num_arrivals(at) >= _MIN_ARRIVALS}
+        cv = next((self._cv(at, window) for window in self._planning if window in cvs), 1.0)
         prompt = self._prompt_tokens.moments(at)
         output = self._output_tokens.moments(at)
         output_tokens = self._output_lengths.mean(at)
@@ -109,6 +122,14 @@ class DemandMonitor:
             num_alike=self._num_arrived - self._num_before,
         )
 
+    def _cv(self, at: float, window: ArrivalWindow) -> float:
+        """Of the gaps in a window. Where the rate has changed within it, gaps before and since are told by their own
+        means: two steady rates are no burst."""
+        gaps = window.gaps(at)
+        if self._since < window.begin(at):
+            return gaps.cv
+        return pooled_cv((gaps.without(self._gaps_since).without(self._gap_between), self._gaps_since))
+
     def _rate(self, at: float, cv: float) -> float:
         """Of the shortest window that is to be believed; where one contradicts the longer ones, what was before is
         forgotten."""
@@ -122,6 +143,8 @@ class DemandMonitor:
             if is_new:
                 self._since, num_alike = window.change(at, rate)
                 self._num_before = self._num_arrived - num_alike
+                alike = list(self._last_gaps)[-num_alike:] if num_alike else []
+                self._gap_between, self._gaps_since = Moments.of(alike[:1]), Moments.of(alike[1:])
                 rate = num_alike / covered_s(at, since=self._since)
             elif window is not self._glance and window.num_arrivals(at) >= _MIN_ARRIVALS_OF_RATE:
                 rate = window.rate(at)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 _NUM_SLOTS = 15
@@ -20,13 +21,41 @@ NUM_DEVIATIONS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Of the values in a window."""
+    """Of some values."""
 
-    count: int
-    mean: float
-    """0 where there are none."""
-    cv: float
-    """Standard deviation over mean; 0 where there are none."""
+    count: int = 0
+    sum: float = 0.0
+    sum_of_squares: float = 0.0
+
+    @staticmethod
+    def of(values: Iterable[float]) -> Moments:
+        """Of these values."""
+        return functools.reduce(Moments.with_value, values, Moments())
+
+    def with_value(self, value: float) -> Moments:
+        """With one more."""
+        return Moments(self.count + 1, self.sum + value, self.sum_of_squares + value * value)
+
+    def without(self, other: Moments) -> Moments:
+        """Of the rest, where others are among them."""
+        return Moments(self.count - other.count, self.sum - other.sum, self.sum_of_squares - other.sum_of_squares)
+
+    @property
+    def mean(self) -> float:
+        """0 where there are none."""
+        return self.sum / self.count if self.count > 0 else 0.0
+
+    @property
+    def cv(self) -> float:
+        """Standard deviation over mean; 0 where there are none."""
+        mean = self.mean
+        return math.sqrt(max(0.0, self.sum_of_squares / self.count - mean * mean)) / mean if mean > 0 else 0.0
+
+
+def pooled_cv(parts: Iterable[Moments]) -> float:
+    """CV of values of which each part has a mean of its own; 0 where there are none."""
+    told = [(part.count, part.cv) for part in parts if part.count > 0]
+    return math.sqrt(sum(count * cv * cv for count, cv in told) / max(1, sum(count for count, _ in told)))
 
 
 @dataclass(slots=True)
@@ -71,13 +100,11 @@ class MomentWindow:
         """
         self._drop_old(at)
         firsts = [slot.first for slot in self._slots][1 if without_oldest else 0 :]
-        count = len(firsts) + sum(slot.num_others for slot in self._slots)
-        if count == 0:
-            return Moments(0, 0.0, 0.0)
-        mean = (sum(firsts) + sum(slot.sum for slot in self._slots)) / count
-        squares = sum(first * first for first in firsts) + sum(slot.sum_of_squares for slot in self._slots)
-        deviation = math.sqrt(max(0.0, squares / count - mean * mean))
-        return Moments(count, mean, deviation / mean if mean > 0 else 0.0)
+        return Moments(
+            len(firsts) + sum(slot.num_others for slot in self._slots),
+            sum(firsts) + sum(slot.sum for slot in self._slots),
+            sum(first * first for first in firsts) + sum(slot.sum_of_squares for slot in self._slots),
+        )
 
     def forget(self, before: float) -> None:
         """Drop what was before a time, and up to a slot more."""
@@ -131,7 +158,7 @@ class RecentMoments:
         self._min_count = min_count
         self._last: deque[tuple[float, float]] = deque(maxlen=_FEW)
         """When, and the value."""
-        self._known = Moments(0, 0.0, 0.0)
+        self._known = Moments()
 
     def add(self, at: float, value: float) -> None:
         """Take a value in; ``at`` never falls."""
@@ -150,7 +177,7 @@ class RecentMoments:
                     longer.forget(window.begin(at))
             if is_new or moments.count >= self._min_count or not known.count:
                 known = moments
-        last = self._moments_of_last()
+        last = Moments.of(value for _, value in self._last)
         # A look at each value finds chance more often than one at each window's end.
         if _contradicts(last, known, least_own=1.0):
             for window in self._windows:
@@ -159,12 +186,6 @@ class RecentMoments:
         if known.count:
             self._known = known
         return self._known
-
-    def _moments_of_last(self) -> Moments:
-        values = [value for _, value in self._last]
-        mean = sum(values) / max(1, len(values))
-        deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values)))
-        return Moments(len(values), mean, deviation / mean if mean > 0 else 0.0)
 
 
 def covered_s(at: float, *, since: float) -> float:
@@ -193,9 +214,9 @@ class ArrivalWindow:
         """As of ``at``."""
         return self._gaps.count(at)
 
-    def cv(self, at: float) -> float:
-        """Of the gaps that lie in the window as a whole; 0 with fewer than two."""
-        return self._gaps.moments(at, without_oldest=True).cv
+    def gaps(self, at: float) -> Moments:
+        """Of those that lie in the window as a whole."""
+        return self._gaps.moments(at, without_oldest=True)
 
     def rate(self, at: float) -> float:
         """Arrivals a second in what the window covers by now."""
@@ -243,7 +264,7 @@ class ArrivalWindow:
             older += count * min(1.0, max(0.0, share))
             total += count
         difference = total - 2 * older
-        if abs(difference) < num_deviations * math.sqrt(total) * max(1.0, self.cv(at)):
+        if abs(difference) < num_deviations * math.sqrt(total) * max(1.0, self.gaps(at).cv):
             return 0.0
         return difference / (middle - begin) ** 2
 

@@ -63,7 +63,7 @@ def test_an_arrival_window_is_what_its_slots_cover(gaps, wait, window_s):
     assert window.rate(now) == pytest.approx(len(inside) / max(covered, 5.0))
     own = np.diff(inside)
     expected = own.std() / own.mean() if len(own) and own.mean() > 0 else 0.0
-    assert window.cv(now) == pytest.approx(expected, rel=1e-6, abs=1e-5)
+    assert window.gaps(now).cv == pytest.approx(expected, rel=1e-6, abs=1e-5)
 
 
 @settings(max_examples=40)
@@ -140,6 +140,24 @@ def test_when_a_rate_has_changed(before, after):
     since, num_since = window.change(change + 4, before)
     assert since == pytest.approx(change, abs=0.7)
     assert abs(num_since - sum(at >= since for at in times)) <= 1  # one may lie on the edge
+
+
+@pytest.mark.parametrize(("before", "after"), [(3.0, 0.85), (0.8, 3.0)])
+@pytest.mark.parametrize("cv", [0.1, 0.3])
+def test_two_steady_rates_are_no_burst(before, after, cv):
+    """Gaps of both together have a CV near 1, and a queue was foretold where arrivals came as by a clock."""
+    change, told = 30.0, []
+    for seed in range(6):
+        old = gamma_times(200, rate=before, cv=cv, seed=seed)
+        new = change + gamma_times(200, rate=after, cv=cv, seed=100 + seed)
+        monitor = DemandMonitor()
+        for at in [*old[old < change], *new[new < change + 12]]:
+            monitor.arrived(float(at), num_prompt_tokens=1)
+            demand = demand_at(monitor, at)
+        told.append((demand.cv, demand.cv_by_window["60s"]))
+    cvs, mixed = np.mean(told, axis=0)
+    assert cvs == pytest.approx(cv, abs=0.15)
+    assert mixed > cv + 0.2
 
 
 @pytest.mark.parametrize("cv", [1.0, 4.0])
@@ -234,6 +252,7 @@ def test_memory_is_bounded():
         monitor.arrived(i * 0.02, num_prompt_tokens=i % 100)
         monitor.finished(i * 0.02, num_output_tokens=i % 30, latency_s=(i % 50) * 0.1)
     assert size(monitor) == (15, 256, 256)
+    assert len(monitor._last_gaps) <= 256
     assert sys.getsizeof(monitor._stalls._sorted) < 10_000
 
 
