@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from flexpipe_serve.errors import ConfigError
-from flexpipe_serve.planner.lengths import OutputLengths
+from flexpipe_serve.planner.lengths import Lengths, OutputLengths
 from flexpipe_serve.planner.stall import StallDetector
 from flexpipe_serve.planner.types import Demand, Trigger
 from flexpipe_serve.planner.windows import NUM_DEVIATIONS, ArrivalWindow, Moments, RecentMoments, covered_s, pooled_cv
@@ -57,8 +57,7 @@ class DemandMonitor:
         self._planning = self._arrivals[len(windows_s) // 2 :]
         self._glance = ArrivalWindow(_GLANCE_S)
         self._prompt_tokens = RecentMoments((_GLANCE_S, *windows_s), min_count=_MIN_ENDED)
-        self._output_tokens = RecentMoments((_GLANCE_S, *windows_s), min_count=_MIN_ENDED)
-        self._output_lengths = OutputLengths()
+        self._output_tokens = OutputLengths()
         self._prompt_token_work = prompt_token_work
         self._num_arrived = 0
         self._since = -math.inf
@@ -86,16 +85,15 @@ class DemandMonitor:
 
     def generated(self, at: float, *, num_tokens: int, num_before: int) -> None:
         """A request that had ``num_before`` tokens got some more."""
-        self._output_lengths.generated(at, num_tokens, num_before=num_before)
+        self._output_tokens.generated(at, num_tokens, num_before=num_before)
 
     def left(self, *, num_output_tokens: int) -> None:
         """A request failed or was given up with so many tokens."""
-        self._output_lengths.left(num_output_tokens)
+        self._output_tokens.left(num_output_tokens)
 
     def finished(self, at: float, *, num_output_tokens: int, latency_s: float) -> None:
         """A request ended well, ``latency_s`` after it came; its tokens were told of as they came."""
-        self._output_lengths.ended(at, num_output_tokens)
-        self._output_tokens.add(at, num_output_tokens)
+        self._output_tokens.ended(at, num_output_tokens)
         self._stalls.add(at, latency_s)
 
     def demand(self, at: float, *, num_waiting: int, num_running: int, prefix_hit_share: float = 0.0) -> Demand:
@@ -103,8 +101,7 @@ class DemandMonitor:
         cvs = {w: w.gaps(at).cv for w in self._arrivals if w.num_arrivals(at) >= _MIN_ARRIVALS}
         cv = next((self._cv(at, window) for window in self._planning if window in cvs), 1.0)
         prompt = self._prompt_tokens.moments(at)
-        output = self._output_tokens.moments(at)
-        output_tokens = self._output_lengths.mean(at)
+        output = self._output_tokens.told(at)
         rate = self._rate(at, cv)
         return Demand(
             at=at,
@@ -113,8 +110,8 @@ class DemandMonitor:
             cv=cv,
             cv_by_window={f"{w.window_s:g}s": cv for w, cv in cvs.items()},
             prompt_tokens=prompt.mean,
-            output_tokens=output_tokens,
-            service_cv=self._service_cv(prompt, output_tokens, output.cv),
+            output_tokens=output.mean,
+            service_cv=self._service_cv(prompt, output),
             prefix_hit_share=prefix_hit_share,
             num_waiting=num_waiting,
             num_running=num_running,
@@ -165,8 +162,8 @@ class DemandMonitor:
         """P25 latency of normal operation; None before there are enough requests."""
         return self._stalls.baseline_s
 
-    def _service_cv(self, prompt: Moments, output_tokens: float, output_cv: float) -> float:
+    def _service_cv(self, prompt: Moments, output: Lengths) -> float:
         """Prompt and output lengths taken as independent."""
         prompt_work = prompt.mean * self._prompt_token_work
-        work = prompt_work + output_tokens
-        return math.hypot(prompt.cv * prompt_work, output_cv * output_tokens) / work if work > 0 else 0.0
+        work = prompt_work + output.mean
+        return math.hypot(prompt.cv * prompt_work, output.cv * output.mean) / work if work > 0 else 0.0

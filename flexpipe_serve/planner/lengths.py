@@ -28,12 +28,19 @@ class _Counts(NamedTuple):
     """Of those that ended, also what they got before."""
 
 
-class OutputLengths:
-    """Mean output length, also from requests that run.
+class Lengths(NamedTuple):
+    """What is told of outputs."""
 
-    Of those only so much is known as that they are longer than what they have by now: the mean is the area under the
-    Kaplan-Meier estimate of their lengths' distribution, which counts each as long as it was seen. Lengths nobody has
-    reached yet are in no estimate, so while none has ended it is what they have got.
+    mean: float = 0.0
+    cv: float = 0.0
+
+
+class OutputLengths:
+    """Mean and CV of output lengths, also from requests that run.
+
+    Of those only so much is known as that they are longer than what they have by now: both are of the Kaplan-Meier
+    estimate of their lengths' distribution, which counts each as long as it was seen. Lengths nobody has reached yet
+    are in no estimate, so while none has ended the mean is what they have got.
 
     When lengths change, short windows show it first: of 5 to 180 s the longest is believed until a shorter one has
     enough ends, or other ends than could be by chance: then what was before is forgotten. Many ends at once may also be
@@ -56,7 +63,7 @@ class OutputLengths:
         """Lengths have changed then; what was before is not looked at."""
         self._least = 0.0
         """They have become longer than that."""
-        self._known = 0.0
+        self._known = Lengths()
 
     def generated(self, at: float, num_tokens: int, *, num_before: int) -> None:
         """Some request got so many tokens, after ``num_before``. Times of calls never fall."""
@@ -80,29 +87,29 @@ class OutputLengths:
         else:
             del self._running[num_tokens]
 
-    def mean(self, at: float) -> float:
+    def told(self, at: float) -> Lengths:
         """As of ``at``; what was told last where nothing has happened for long, 0 before anything has."""
         longest, *shorter = (self._window(at, window_s) for window_s in _WINDOWS_S)
         if not longest.num_tokens:
             return self._known
-        known = self._mean_since(at - _WINDOWS_S[0])
+        known = self._lengths_since(at - _WINDOWS_S[0])
         for window_s, window in zip(_WINDOWS_S[1:], shorter, strict=True):
-            if _are_longer(window, known):
-                self._since, self._least = at, known  # those that ended were still short
-                known = self._mean_since(at)
+            if _are_longer(window, known.mean):
+                self._since, self._least = at, known.mean  # those that ended were still short
+                known = self._lengths_since(at)
                 break
-            is_new = _are_shorter(window, known)
+            is_new = _are_shorter(window, known.mean)
             if is_new:
                 self._since, self._least = max(self._since, at - window_s), 0.0
             if is_new or window.num_ended >= _ENOUGH:
-                known = self._mean_since(at - window_s)
+                known = self._lengths_since(at - window_s)
         self._known = known
         return known
 
-    def _mean_since(self, begin: float) -> float:
+    def _lengths_since(self, begin: float) -> Lengths:
         ended = [num_tokens for at, num_tokens in self._ended if at > max(begin, self._since)]
-        mean = _survival_mean(ended, self._running)
-        return mean if len(ended) >= _FEW else max(mean, self._least)
+        mean, cv = _surviving(ended, self._running)
+        return Lengths(mean if len(ended) >= _FEW else max(mean, self._least), cv)
 
     def _window(self, at: float, window_s: float) -> _Counts:
         index = bisect_right(self._seconds, max(at - window_s, self._since))
@@ -141,8 +148,8 @@ def _are_shorter(window: _Counts, known: float) -> bool:
     return ratio < 1 and 2 * window.num_ended * (ratio - 1 - math.log(ratio)) > _NUM_DEVIATIONS**2
 
 
-def _survival_mean(ended: Sequence[int], running: Mapping[int, int]) -> float:
-    """Area under the Kaplan-Meier estimate.
+def _surviving(ended: Sequence[int], running: Mapping[int, int]) -> Lengths:
+    """Mean and CV by the Kaplan-Meier estimate: areas under it.
 
     Args:
         ended: lengths.
@@ -150,10 +157,11 @@ def _survival_mean(ended: Sequence[int], running: Mapping[int, int]) -> float:
     """
     ends = Counter(ended)
     num_left = len(ended) + sum(running.values())
-    survival, area, before = 1.0, 0.0, 0
+    survival, mean, mean_of_squares, before = 1.0, 0.0, 0.0, 0
     for num_tokens in sorted({*ends, *running}):
-        area += survival * (num_tokens - before)
+        mean += survival * (num_tokens - before)
+        mean_of_squares += survival * (num_tokens**2 - before**2)
         before = num_tokens
         survival *= 1 - ends[num_tokens] / num_left
         num_left -= ends[num_tokens] + running.get(num_tokens, 0)
-    return area
+    return Lengths(mean, math.sqrt(max(0.0, mean_of_squares - mean**2)) / mean if mean > 0 else 0.0)

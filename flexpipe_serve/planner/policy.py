@@ -95,10 +95,10 @@ class GatedPolicy:
             self._better_since = {place: self._better_since.get(place, state.now) for place in better}
         total_s = present.latency_s * demand.rate * self._weights.horizon_s
 
-        def order(score: CandidateScore) -> tuple[bool, bool, float]:
-            # A way out of saturation comes before what saves more and is saturated too.
+        def order(score: CandidateScore) -> tuple[bool, float]:
+            # A way out of saturation comes before what saves a little more and is saturated too.
             is_way_out = self._gate.is_way_out(current, score, present_total_s=total_s)
-            return score.refused is None, is_way_out, score.score
+            return score.refused is None, score.score + (self._weights.margin * total_s if is_way_out else 0.0)
 
         scores.sort(key=order, reverse=True)
         chosen = None
