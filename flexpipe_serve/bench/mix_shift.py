@@ -15,8 +15,8 @@ unequal memory bandwidth.
    even split always) is measured with --concurrency requests of each kind at once. A table says where the best ones
    are.
 3. Both kinds come one after the other, --requests of each, at --load times what the best boundary for it sustains, to:
-   the even split (balanced), with --optimal the best static splits of both kinds, the planner with each policy (from
-   the even split on), and PipeLive's own script, which begins with the first kind's best split and is told to change to
+   the even split (balanced), with --all-static every other boundary of the sweep too, the planner with each policy
+   (from the even split on), and PipeLive's own script, which begins with the first kind's best split and is told to change to
    the second's when the requests change. One server serves them all, in another order each time (see ``bench adapt``).
 
 The composite is PipeLive's mean of three scores: mean TTFT, mean TPOT and tokens/s, each in units of the best
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="of flexpipe,gated (default gated)",
     )
-    stages.add_argument("--optimal", action="store_true", help="run the best static split of each kind too")
+    stages.add_argument("--all-static", action="store_true", help="run every boundary of the sweep throughout")
     load = parser.add_argument_group("load")
     load.add_argument("--first", type=_mix, default=_mix("96+4"), metavar="P+O", help="prompt + output (default 96+4)")
     load.add_argument("--second", type=_mix, default=_mix("32+160"), metavar="P+O", help="likewise (default 32+160)")
@@ -249,10 +249,9 @@ class _Experiment:
         phases = [(self._mixes[0], rates[0], self._shift_s), (self._mixes[1], rates[1], second_s)]
         workload = shifting_arrivals(phases, cv=args.cv, seed=args.seed)
         prompts = make_prompts(self._builder, workload, seed=(args.seed, 3))
-        statics = {even: BALANCED}
-        if args.optimal:
-            statics = {second: f"best for {self._mixes[1].name}", first: f"best for {self._mixes[0].name}"} | statics
-        variants = [Variant(name, (boundary,)) for boundary, name in statics.items()]
+        variants = [Variant(BALANCED, (even,))]
+        if args.all_static:
+            variants += [Variant(f"cut at {p.boundary}", (p.boundary,)) for p in self._points if p.boundary != even]
         variants += [Variant(policy, (even,), policy) for policy in args.policies]
         if first != second:
             variants.append(Variant("scripted", (first,), moves=((self._shift_s, (second,)),)))
