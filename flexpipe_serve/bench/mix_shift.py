@@ -16,8 +16,9 @@ unequal memory bandwidth.
    are.
 3. Both kinds come one after the other, --requests of each, at --load times what the best boundary for it sustains, to:
    the even split (balanced), with --all-static every other boundary of the sweep too, the planner with each policy
-   (from the even split on), and PipeLive's own script, which begins with the first kind's best split and is told to change to
-   the second's when the requests change. One server serves them all, in another order each time (see ``bench adapt``).
+   (from the even split on), and PipeLive's own script, which begins with the first kind's best split and is told to
+   change to the second's when the requests change. One server serves them all, in another order each time (see
+   ``bench adapt``).
 
 The composite is PipeLive's mean of three scores: mean TTFT, mean TPOT and tokens/s, each in units of the best
 variant's. Its gain over the balanced split stands beside PipeLive's. Requests of the first --lead-in seconds do not
