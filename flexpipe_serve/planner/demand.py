@@ -19,8 +19,8 @@ _MIN_ARRIVALS_OF_RATE = 20
 """In a window, before its rate is taken instead of a longer window's."""
 _GLANCE_S = 5.0
 """A window beside the others that is believed only where it contradicts them: a shift shows there first."""
-_MIN_ENDED = 30
-"""Requests in a window, before its lengths are taken instead of a longer window's."""
+_MIN_PROMPTS = 30
+"""In a window, before their length is taken instead of a longer window's."""
 _SURGE = 0.5
 _MOST_ALIKE = 256
 """Gaps between arrivals that are told apart when the rate has changed."""
@@ -56,7 +56,7 @@ class DemandMonitor:
         self._arrivals = [ArrivalWindow(window_s) for window_s in windows_s]
         self._planning = self._arrivals[len(windows_s) // 2 :]
         self._glance = ArrivalWindow(_GLANCE_S)
-        self._prompt_tokens = RecentMoments((_GLANCE_S, *windows_s), min_count=_MIN_ENDED)
+        self._prompt_tokens = RecentMoments((_GLANCE_S, *windows_s), min_count=_MIN_PROMPTS)
         self._output_tokens = OutputLengths()
         self._prompt_token_work = prompt_token_work
         self._num_arrived = 0

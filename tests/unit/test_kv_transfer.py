@@ -131,6 +131,14 @@ def test_chunks_wait_for_the_limit_and_for_acknowledgements() -> None:
     assert giver.ready_at(99.0) == 99.0
 
 
+def test_a_step_that_is_missing_breaks_the_copy() -> None:
+    """What it wrote would be missing at the target."""
+    giver = make_giver(make_kv(), [], last_step=4)
+    giver.on_step(5, None)
+    with pytest.raises(AssertionError, match="one is missing"):
+        giver.on_step(7, None)
+
+
 def test_repeated_messages_are_acknowledged_again_and_not_applied() -> None:
     source, target = make_kv(), make_kv()
     giver, taker = make_giver(source, []), make_taker(target)

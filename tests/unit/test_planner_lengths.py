@@ -89,7 +89,7 @@ def test_of_a_shift_between_equal_lengths_no_variance_is_told():
     """The mean knew of the shift and the CV did not: a queue was foretold where all were alike."""
     requests = [*steady(3.0, 4, begin=0.0, end=14.0), *steady(0.85, 160, begin=14.0, end=50.0)]
     told = told_along(requests, until=50.0, every_s=0.5)
-    assert max(lengths.cv for at, lengths in told.items() if at > 19.0) < 0.6
+    assert max(lengths.cv for at, lengths in told.items() if at >= 17.0) < 0.05
 
 
 def test_shorter_outputs_are_seen_as_soon_as_they_end():

@@ -12,7 +12,7 @@ from planner_cases import make_demand, make_device, make_profile
 from flexpipe_serve.bench.arrivals import Arrival
 from flexpipe_serve.bench.mix_shift_plan import Mix, Totals, scores_of, shifting_arrivals
 from flexpipe_serve.planner.latency import predict
-from flexpipe_serve.planner.policy import make_policy
+from flexpipe_serve.planner.policy import Policy, make_policy
 from flexpipe_serve.planner.types import PlannerWeights, Split, StageDevice
 from flexpipe_serve.simulate.result import SimulationResult
 from flexpipe_serve.simulate.simulation import Simulation, SimulationConfig
@@ -125,3 +125,22 @@ def test_below_the_balanced_splits_capacity_nothing_is_lost(rate: float) -> None
     gated, balanced = run(BALANCED, "gated", rates=rates), run(BALANCED, rates=rates)
     assert latency_s(gated) < 1.1 * latency_s(balanced)
     assert len(gated.changes) <= 6
+
+
+def test_a_slow_cut_is_no_way_out_where_the_queue_costs_less() -> None:
+    """Beyond every quick cut's capacity it went to a cut that sustained the load at four times the latency."""
+    slow = _device(0, memory_bytes=10**9, speed=0.16)
+    fast = _device(1, memory_bytes=PROFILE.stage_bytes(LOW, PROFILE.num_layers) + _KV_BYTES, speed=0.32)
+    num_requests, (first, second) = 30, (4.2, 0.85)
+    phases = [(PROMPTS, first, LEAD_IN_S + num_requests / first), (OUTPUTS, second, num_requests / second)]
+    load = shifting_arrivals(phases, cv=0.1, seed=2)
+
+    def simulate(boundary: int, policy: Policy | None = None) -> float:
+        split = Split(boundaries=(boundary,), devices=(slow, fast))
+        config = SimulationConfig(interval_s=0.5)
+        return latency_s(
+            Simulation(PROFILE, load, split=split, devices=(slow, fast), policy=policy, config=config).run()
+        )
+
+    policy = make_policy("gated", PlannerWeights(max_stages=2, cool_down_s=5.0))
+    assert simulate(BALANCED, policy) < 1.1 * simulate(18)
