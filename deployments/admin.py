@@ -11,13 +11,14 @@ from flexpipe_serve.deployments.errors import ApiError, shorten
 from flexpipe_serve.deployments.openapi import answer, errors, request_body
 from flexpipe_serve.deployments.protocol import EventList, RefactorList
 from flexpipe_serve.engine.scale_record import ScaleRecord, ScaleRequest
+from flexpipe_serve.engine.status import ServerStatus
 from flexpipe_serve.errors import ConfigError, RefactorRefusedError
 from flexpipe_serve.refactor.record import Outcome, RefactorRecord, RefactorRequest
 
 router = APIRouter(prefix="/flexpipe")
 
 
-@router.get("/status", tags=["pipeline"], responses=errors(401, 500, 503))
+@router.get("/status", tags=["pipeline"], responses=answer(200, ServerStatus) | errors(401, 500, 503))
 async def status(request: Request) -> Response:
     """Layout, epoch, stages with their layers and memory, KV use, queue."""
     return json_response(context_of(request).get_engine().status())

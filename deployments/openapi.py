@@ -24,6 +24,7 @@ from flexpipe_serve.deployments.protocol import (
     TokenizeRequest,
 )
 from flexpipe_serve.engine.scale_record import ScaleRecord, ScaleRequest
+from flexpipe_serve.engine.status import ServerStatus
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
 from flexpipe_serve.planner.types import Decision
 from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
@@ -48,6 +49,7 @@ _STRUCTS = (
     RefactorRequest,
     ScaleRecord,
     ScaleRequest,
+    ServerStatus,
     TokenizeAnswer,
     TokenizeRequest,
 )

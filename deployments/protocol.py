@@ -5,10 +5,11 @@ A field that is null is a field left out. What is not named here is refused (``u
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
+from flexpipe_serve.engine.status import Event
 from flexpipe_serve.placement.drain import DrainRecord
 from flexpipe_serve.planner.types import Decision
 from flexpipe_serve.refactor.record import RefactorRecord
@@ -270,10 +271,10 @@ class DrainList(msgspec.Struct, kw_only=True):
 
 
 class EventList(msgspec.Struct, kw_only=True):
-    """The answer of ``GET /flexpipe/events``, the newest last: each has ``time`` (Unix), ``kind`` and ``message``."""
+    """The answer of ``GET /flexpipe/events``, the newest last."""
 
     object: Literal["list"] = "list"
-    data: list[dict[str, Any]]
+    data: list[Event]
 
 
 class DecisionList(msgspec.Struct, kw_only=True):

@@ -9,8 +9,11 @@ from contextlib import aclosing
 from typing import Any, Generic, NoReturn, TypeVar
 
 import msgspec
+import pydantic
 
+from flexpipe_serve.config import UserConfig
 from flexpipe_serve.engine.scale_record import PipelineLayout, ScaleRecord, ScaleRequest
+from flexpipe_serve.engine.status import Event, ServerStatus
 from flexpipe_serve.errors import (
     EngineUnavailableError,
     InvalidRequestError,
@@ -110,10 +113,10 @@ class AsyncHandle:
         """Let connections go."""
         await self._transport.close()
 
-    async def status(self) -> dict[str, Any]:
-        """Layout, epoch, stages with their layers and memory, KV use, queue: ``GET /flexpipe/status``. Of the first
-        pipeline, and under ``pipelines`` of all."""
-        return await self.call("GET", "/flexpipe/status", dict[str, Any])
+    async def status(self) -> ServerStatus:
+        """Layout, epoch, stages with their layers and memory, KV use, queue: of the first pipeline, and under
+        ``pipelines`` of all."""
+        return await self.call("GET", "/flexpipe/status", ServerStatus)
 
     async def plan(self) -> Decision:
         """What the planner would do now, and why; nothing comes of it.
@@ -261,15 +264,15 @@ class AsyncHandle:
         """
         return await self.call("DELETE", f"/flexpipe/drain/{node}", DrainRecord)
 
-    async def events(self) -> list[dict[str, Any]]:
-        """What happened lately, the newest last: each has ``time`` (Unix), ``kind`` and ``message``."""
-        return (await self.call("GET", "/flexpipe/events", _List[dict[str, Any]])).data
+    async def events(self) -> list[Event]:
+        """What happened lately, the newest last."""
+        return (await self.call("GET", "/flexpipe/events", _List[Event])).data
 
-    async def config(self) -> dict[str, Any]:
+    async def config(self) -> UserConfig:
         """The ``user_config`` in force, with the defaults of what is not set."""
-        return await self.call("GET", "/flexpipe/config", dict[str, Any])
+        return _user_config(await self.call("GET", "/flexpipe/config", dict[str, Any]))
 
-    async def configure(self, **sections: Any) -> dict[str, Any]:
+    async def configure(self, **sections: Any) -> UserConfig:
         """Change some keys of the ``user_config``, such as ``planner={"mode": "on"}``; None: the default.
 
         Serve keeps the change, so the next Router has it too, until a ``serve deploy`` sets what its file says.
@@ -280,7 +283,7 @@ class AsyncHandle:
         Raises:
             InvalidRequestError: it is wrong, and nothing was changed.
         """
-        return await self.call("PATCH", "/flexpipe/config", dict[str, Any], sections)
+        return _user_config(await self.call("PATCH", "/flexpipe/config", dict[str, Any], sections))
 
     async def generate(self, prompt: str | Sequence[int], **sampling: Any) -> str:
         """The text after a prompt.
@@ -333,6 +336,13 @@ def _decision(content: dict[str, Any]) -> Decision:
     try:
         return from_wire(content)
     except msgspec.ValidationError:
+        raise _foreign(200, msgspec.json.encode(content)) from None
+
+
+def _user_config(content: dict[str, Any]) -> UserConfig:
+    try:
+        return UserConfig.model_validate(content)
+    except pydantic.ValidationError:
         raise _foreign(200, msgspec.json.encode(content)) from None
 
 

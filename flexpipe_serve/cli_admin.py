@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 
+import msgspec
 from rich.console import Console
 
 from flexpipe_serve.cli_server import server_arguments, with_handle
@@ -77,7 +77,7 @@ def _layout(text: str) -> int | tuple[int, ...]:
 def _status(args: argparse.Namespace, handle: Handle, console: Console) -> int:
     status = handle.status()
     if args.json:
-        print(json.dumps(status, indent=2))
+        print(msgspec.json.format(msgspec.json.encode(status), indent=2).decode())
     else:
         console.print(status_view(status))
     return 0

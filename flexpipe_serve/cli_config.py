@@ -45,7 +45,7 @@ def _change(text: str) -> tuple[list[str], Any]:
 
 def _config(args: argparse.Namespace, handle: Handle, console: Console) -> int:
     config = handle.configure(**_sections(args.changes)) if args.changes else handle.config()
-    console.print(yaml.safe_dump(config, sort_keys=False).rstrip(), markup=False)
+    console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(), markup=False)
     return 0
 
 

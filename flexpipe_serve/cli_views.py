@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flexpipe_serve.engine.scale_record import ScaleRecord
+from flexpipe_serve.engine.status import Event, NodeStatus, PipelineStatus, ServerStatus
 from flexpipe_serve.refactor.record import Outcome, Phase, RefactorPlan, RefactorRecord, StagePlan
 
 _COLOURS = {Outcome.DONE: "green", Outcome.RECOVERED: "yellow", Outcome.ABORTED: "red", Outcome.REFUSED: "red"}
@@ -47,65 +47,65 @@ def layer_ranges(layers: Sequence[int]) -> str:
     return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in ranges)
 
 
-def status_view(status: Mapping[str, Any]) -> RenderableType:
-    """``GET /flexpipe/status``: for each pipeline a head line, a table of stages, KV and queue."""
+def status_view(status: ServerStatus) -> RenderableType:
+    """For each pipeline a head line, a table of stages, KV and queue."""
     parts: list[RenderableType] = []
-    if status.get("config_error"):
-        parts.append(f"[red]config error:[/red] {escape(str(status['config_error']))}")
-    pipelines = status["pipelines"]
+    if status.config_error:
+        parts.append(f"[red]config error:[/red] {escape(status.config_error)}")
+    pipelines = status.pipelines
     for pipeline in pipelines:
-        number = f"  pipeline {pipeline['pipeline']}" if len(pipelines) > 1 else ""
-        parts.append(_pipeline_view(pipeline, title=f"[bold]{escape(status['model'])}[/bold]{number}"))
-    if len(status["nodes"]) > 1:
-        parts.append(_nodes_view(status["nodes"]))
+        number = f"  pipeline {pipeline.pipeline}" if len(pipelines) > 1 else ""
+        parts.append(_pipeline_view(pipeline, title=f"[bold]{escape(status.model)}[/bold]{number}"))
+    if len(status.nodes) > 1:
+        parts.append(_nodes_view(status.nodes))
     return Group(*parts)
 
 
-def _nodes_view(nodes: Sequence[Mapping[str, Any]]) -> RenderableType:
+def _nodes_view(nodes: Sequence[NodeStatus]) -> RenderableType:
     table = _table("node", "address", "rack", "zone", "state", "stages")
     for node in nodes:
-        state = "[yellow]draining[/]" if node["draining"] else "[green]alive[/]" if node["alive"] else "[red]gone[/]"
-        places = [escape(node[key]) or "-" for key in ("address", "rack", "zone")]
-        table.add_row(_short(node["id"]), *places, state, escape(", ".join(node["stages"])) or "-")
+        state = "[yellow]draining[/]" if node.draining else "[green]alive[/]" if node.alive else "[red]gone[/]"
+        places = [escape(place) or "-" for place in (node.address, node.rack, node.zone)]
+        table.add_row(_short(node.id), *places, state, escape(", ".join(node.stages)) or "-")
     return table
 
 
-def _pipeline_view(status: Mapping[str, Any], *, title: str) -> RenderableType:
-    serving = status["state"] == "serving"
-    state = f"[{'green' if serving else 'red'}]{status['state']}[/]"
-    lines = [f"{title}  {state}  epoch {status['epoch']}"]
-    if status["reason"]:
-        lines.append(f"[red]reason:[/red] {escape(str(status['reason']))}")
+def _pipeline_view(status: PipelineStatus, *, title: str) -> RenderableType:
+    serving = status.state == "serving"
+    state = f"[{'green' if serving else 'red'}]{status.state}[/]"
+    lines = [f"{title}  {state}  epoch {status.epoch}"]
+    if status.reason:
+        lines.append(f"[red]reason:[/red] {escape(status.reason)}")
     stages = _table("stage", "node", "pid", "device", "layers", "weights", "KV", "overhead", "steps", right=5)
-    for stage in status["stages"]:
-        start, stop = stage["layers"]
+    for stage in status.stages:
+        start, stop = stage.layers
         stages.add_row(
-            stage["name"],
-            _short(stage["node"]),
-            str(stage["pid"]),
-            stage["device"],
+            stage.name,
+            _short(stage.node),
+            str(stage.pid),
+            stage.device,
             layer_ranges(range(start, stop)) or "-",
-            size(stage["weights_bytes"]),
-            size(stage["kv_bytes"]),
-            size(stage["overhead_bytes"]),
-            str(stage["num_steps"]),
+            size(stage.weights_bytes),
+            size(stage.kv_bytes),
+            size(stage.overhead_bytes),
+            str(stage.num_steps),
         )
-    kv, queue = status["kv"], status["queue"]
+    kv, queue = status.kv, status.queue
     return Group(
         *lines,
         stages,
-        f"KV     {kv['num_used_blocks']} of {kv['num_blocks']} blocks used ({kv['use']:.1%}),"
-        f" {kv['num_cached_blocks']} cached; room for {kv['max_tokens']} tokens",
-        f"queue  {queue['num_running']} running, {queue['num_waiting']} waiting,"
-        f" {queue['num_steps_in_flight']} steps in flight, {queue['num_preemptions']} preemptions",
+        f"KV     {kv.num_used_blocks} of {kv.num_blocks} blocks used ({kv.use:.1%}),"
+        f" {kv.num_cached_blocks} cached; room for {kv.max_tokens} tokens",
+        f"queue  {queue.num_running} running, {queue.num_waiting} waiting,"
+        f" {queue.num_steps_in_flight} steps in flight, {queue.num_preemptions} preemptions",
     )
 
 
-def events_table(events: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """``GET /flexpipe/events``, oldest first."""
+def events_table(events: Sequence[Event]) -> RenderableType:
+    """Oldest first."""
     table = _table("time", "kind", "message")
     for event in events:
-        table.add_row(clock(event["time"]), event["kind"], escape(event["message"]))
+        table.add_row(clock(event.time), event.kind, escape(event.message))
     return table
 
 

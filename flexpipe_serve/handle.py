@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flexpipe_serve.async_handle import AsyncHandle, AsyncRefactorJob
+from flexpipe_serve.config import UserConfig
 from flexpipe_serve.engine.scale_record import ScaleRecord
+from flexpipe_serve.engine.status import Event, ServerStatus
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.loop_thread import LoopThread
 from flexpipe_serve.placement.drain import DrainRecord
@@ -68,7 +70,7 @@ class Handle:
         self._loop.run(self._inner.close())
         self._loop.stop()
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> ServerStatus:
         """See AsyncHandle.status."""
         return self._loop.run(self._inner.status())
 
@@ -147,15 +149,15 @@ class Handle:
         """See AsyncHandle.undrain."""
         return self._loop.run(self._inner.undrain(node))
 
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[Event]:
         """See AsyncHandle.events."""
         return self._loop.run(self._inner.events())
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> UserConfig:
         """See AsyncHandle.config."""
         return self._loop.run(self._inner.config())
 
-    def configure(self, **sections: Any) -> dict[str, Any]:
+    def configure(self, **sections: Any) -> UserConfig:
         """See AsyncHandle.configure."""
         return self._loop.run(self._inner.configure(**sections))
 

@@ -13,6 +13,8 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
 from flexpipe_serve.prometheus_text import Family, Sample, histogram_samples
 from flexpipe_serve.refactor.record import Outcome
 
@@ -69,6 +71,30 @@ _HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "refactor_seconds": ("A refactoring from its request to its end; refused ones left out.", _LONG_SECONDS),
     "refactor_stop_seconds": ("Time in which a refactoring held steps back; refused ones left out.", _STOP_SECONDS),
 }
+
+
+class Latency(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A time that is measured, in seconds; None where there is nothing yet.
+
+    Percentiles are observed values: 99 % of the observations do not exceed p99.
+    """
+
+    num: int
+    """Observations since the start. The other figures are of the last 1000."""
+    mean: float | None = None
+    p50: float | None = None
+    p90: float | None = None
+    p99: float | None = None
+    max: float | None = None
+
+
+class MetricsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """What a pipeline measured."""
+
+    counters: dict[str, float | dict[str, float]]
+    """Totals since the start; of one with a tag, by the tag's value."""
+    latencies: dict[str, Latency]
+
 
 _Key = tuple[str, ...]
 """A counter or gauge and the values of its own tags."""
@@ -243,12 +269,8 @@ class EngineMetrics:
             for value in values[::stride]:
                 self._metrics[name].observe(value)
 
-    def snapshot(self) -> dict[str, Any]:
-        """Totals since the start, and latencies in seconds; JSON-serialisable.
-
-        A latency's ``num`` counts since the start, its other figures are of the last 1000 observations. Percentiles
-        are observed values: 99 % of the observations do not exceed p99.
-        """
+    def snapshot(self) -> MetricsSnapshot:
+        """As of now."""
         with self._lock:
             totals = self._totals.copy()
             for key, value in self._increments.items():
@@ -262,7 +284,7 @@ class EngineMetrics:
             else:
                 counters[name] = total
         latencies = {name: _summary(counts[name], values) for name, values in recent.items()}
-        return {"counters": counters, "latencies": latencies}
+        return MetricsSnapshot(counters=counters, latencies=latencies)
 
     def families(self) -> list[Family]:
         """All metrics since the start, for Prometheus."""
@@ -322,9 +344,9 @@ def _ray_backend() -> MetricsBackend | None:
     return backend
 
 
-def _summary(count: int, values: Sequence[float]) -> dict[str, Any]:
+def _summary(count: int, values: Sequence[float]) -> Latency:
     if not values:
-        return {"num": 0}
+        return Latency(num=0)
     ordered = sorted(values)
-    percentiles = {f"p{p}": ordered[-(-len(ordered) * p // 100) - 1] for p in (50, 90, 99)}
-    return {"num": count, "mean": sum(ordered) / len(ordered), **percentiles, "max": ordered[-1]}
+    p50, p90, p99 = (ordered[-(-len(ordered) * p // 100) - 1] for p in (50, 90, 99))
+    return Latency(num=count, mean=sum(ordered) / len(ordered), p50=p50, p90=p90, p99=p99, max=ordered[-1])

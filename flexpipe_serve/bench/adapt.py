@@ -141,7 +141,7 @@ class _Bench:
         longest = LONGEST * (args.prompt_tokens + args.output_tokens)
         kv = {"max_tokens": _KV_RESERVE * args.concurrency * longest}
         async with running_session(args, self._builder, server_args={"kv": kv}, user_config=user_config) as session:
-            num_layers = (await session.handle.status())["layout"]["num_layers"]
+            num_layers = (await session.handle.status()).layout.num_layers
 
             def even(num_stages: int) -> tuple[int, ...]:
                 return tuple(even_boundaries(num_layers=num_layers, num_stages=num_stages))

@@ -16,6 +16,7 @@ from flexpipe_serve.bench.arrivals import Arrival
 from flexpipe_serve.bench.client import Target
 from flexpipe_serve.bench.server import adapt_config, deploy, router_of
 from flexpipe_serve.bench.wave import Wave, run_wave
+from flexpipe_serve.engine.status import ServerStatus
 from flexpipe_serve.errors import ConfigError, EngineUnavailableError, InvalidRequestError, RefactorBusyError
 from flexpipe_serve.refactor.record import Outcome, RefactorRecord
 
@@ -228,12 +229,12 @@ class AdaptSession:
     async def _unrest(self, boundaries: tuple[int, ...]) -> str | None:
         """What is still missing for the layout at rest, after doing something about it; None: nothing."""
         status = await self.handle.status()
-        if status["config_error"] is not None:
-            raise ConfigError(f"{self._url} refuses the layout {list(boundaries)}: {status['config_error']}")
+        if status.config_error is not None:
+            raise ConfigError(f"{self._url} refuses the layout {list(boundaries)}: {status.config_error}")
         records = await self.handle.refactorings()
         if records and not records[-1].is_over:
             return f"the refactoring {records[-1].id} is in the phase {records[-1].phase}"
-        present = tuple(status["layout"]["boundaries"])
+        present = status.layout.boundaries
         if present != boundaries:
             with contextlib.suppress(RefactorBusyError):
                 await self.handle.refactor(boundaries=boundaries, reason="start of a run")
@@ -242,7 +243,7 @@ class AdaptSession:
         look = look_at(status, at_s=0.0)
         if look.num_running + look.num_waiting:
             return f"{look.num_running + look.num_waiting} sequences are unfinished"
-        num_warm = len(status["warm_stages"])
+        num_warm = len(status.warm_stages)
         return f"{num_warm} of {self._num_warm} warm stages are ready" if num_warm < self._num_warm else None
 
     async def _look(self, looks: list[Look], started_s: float) -> None:
@@ -264,17 +265,17 @@ class AdaptSession:
         return [{key: each[key] for key in _KEPT} for each in answer["data"] if each["at"] >= since]
 
 
-def look_at(status: Mapping[str, Any], *, at_s: float) -> Look:
+def look_at(status: ServerStatus, *, at_s: float) -> Look:
     """What the benchmark keeps of ``GET /flexpipe/status``."""
-    pipelines = status["pipelines"]
-    stages = [stage for pipeline in pipelines for stage in pipeline["stages"]]
+    pipelines = status.pipelines
+    stages = [stage for pipeline in pipelines for stage in pipeline.stages]
     return Look(
         at_s=at_s,
         num_stages=len(stages),
-        num_devices=len({stage["compute"] for stage in stages}),
+        num_devices=len({stage.compute for stage in stages}),
         num_pipelines=len(pipelines),
-        boundaries=tuple(status["layout"]["boundaries"]),
-        num_running=sum(pipeline["queue"]["num_running"] for pipeline in pipelines),
-        num_waiting=sum(pipeline["queue"]["num_waiting"] for pipeline in pipelines),
-        num_blocks=status["kv"]["num_blocks"],
+        boundaries=status.layout.boundaries,
+        num_running=sum(pipeline.queue.num_running for pipeline in pipelines),
+        num_waiting=sum(pipeline.queue.num_waiting for pipeline in pipelines),
+        num_blocks=status.kv.num_blocks,
     )

@@ -43,21 +43,21 @@ async def look(handle: AsyncHandle, memory: LocalMemory | None) -> Holdings:
     deadline = asyncio.get_running_loop().time() + _IDLE_S
     while True:
         status = await handle.status()
-        stages, queue = status["stages"], status["queue"]
+        stages, queue = status.stages, status.queue
         num_processes = None if memory is None else memory.num_stage_processes()
         holdings = Holdings(
             num_stages=len(stages),
-            num_warm_stages=len(status["warm_stages"]),
-            num_running=queue["num_running"],
-            num_waiting=queue["num_waiting"],
-            num_used_blocks=status["kv"]["num_used_blocks"],
-            num_blocks=status["kv"]["num_blocks"],
+            num_warm_stages=len(status.warm_stages),
+            num_running=queue.num_running,
+            num_waiting=queue.num_waiting,
+            num_used_blocks=status.kv.num_used_blocks,
+            num_blocks=status.kv.num_blocks,
             num_stage_processes=num_processes,
             num_segments=None if memory is None else len(memory.segments()),
             memory_bytes=None if memory is None else memory.total_bytes(),
         )
         is_settled = (
-            len(stages) == status["layout"]["num_stages"]
+            len(stages) == status.layout.num_stages
             and num_processes in (None, len(stages) + holdings.num_warm_stages)
             and not holdings.num_used_blocks
         )

@@ -11,9 +11,9 @@ import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from flexpipe_serve.bench.windows import Window
+from flexpipe_serve.engine.status import ServerStatus
 
 _INTERVAL_S = 0.2
 _SEGMENT = re.compile(r"(/dev/shm/flexpipe-\d+-[0-9a-f]+)/")
@@ -32,8 +32,8 @@ class LocalMemory:
         ProcessLookupError: its stages are not processes of this machine.
     """
 
-    def __init__(self, status: dict[str, Any]) -> None:
-        pid = status["stages"][0]["pid"]
+    def __init__(self, status: ServerStatus) -> None:
+        pid = status.stages[0].pid
         try:
             if not _is_stage(pid):
                 raise ProcessLookupError(f"process {pid} is not the server's stage")

@@ -159,7 +159,7 @@ class _Experiment:
         args = self._args
         budgets = args.budgets or await self._budgets()
         async with self._session(budgets, boundary=args.boundary) as session:
-            even = (await session.handle.status())["layout"]["num_layers"] // 2
+            even = (await session.handle.status()).layout.num_layers // 2
             await self._sweep(session, sorted({*(args.sweep or self._ends), even}))
             self._console.print(sweep_table(self._points, self._mixes))
             if not args.only_sweep:
@@ -204,7 +204,7 @@ class _Experiment:
         self._ends = (plan.old, plan.new)
         slow, fast = plan.budgets
         async with self._session(plan.budgets, boundary=plan.old) as session:
-            num_more = (await session.handle.status())["kv"]["num_blocks"] - num_blocks
+            num_more = (await session.handle.status()).kv.num_blocks - num_blocks
         fast -= num_more * (profile.num_layers - plan.old) * profile.block_bytes
         self._console.print(
             f"budgets: slow stage (emulated, {args.slow_share:g} of a core's time) {slow / _MIB:.0f} MiB,"
@@ -235,7 +235,7 @@ class _Experiment:
                 rates[mix.name] = await session.capacity(requests, prompts, concurrency=concurrency)
             if self._args.policies and not self._args.only_sweep:
                 await session.have_planned(self._console.print)
-            num_blocks = (await session.handle.status())["kv"]["num_blocks"]
+            num_blocks = (await session.handle.status()).kv.num_blocks
             self._points.append(SweepPoint(boundary, num_blocks, rates))
             self._save()
             shown = ", ".join(f"{rate:.3f} requests/s of {name}" for name, rate in rates.items())

@@ -1,15 +1,15 @@
 """A measured point of ``flexpipe bench model`` beside what the latency model says of it: pure."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from flexpipe_serve.bench.arrivals import Arrival
 from flexpipe_serve.bench.summary import Summary, summarize
 from flexpipe_serve.bench.wave import Wave
+from flexpipe_serve.engine.status import ServerStatus
 from flexpipe_serve.planner.calibration import apply
 from flexpipe_serve.planner.latency import predict
 from flexpipe_serve.planner.profile import ModelProfile
@@ -148,23 +148,23 @@ def demand_of(arrivals: Sequence[Arrival], *, rate: float | None) -> Demand:
     )
 
 
-def split_of(status: Mapping[str, Any], profile: ModelProfile) -> Split:
+def split_of(status: ServerStatus, profile: ModelProfile) -> Split:
     """The split that a server serves with, from its status; memory such that its KV capacity is the server's."""
-    stages = status["stages"]
-    boundaries = tuple(status["layout"]["boundaries"])
-    num_kv_bytes = status["kv"]["max_tokens"] * profile.kv_bytes_per_token
+    stages = status.stages
+    boundaries = status.layout.boundaries
+    num_kv_bytes = status.kv.max_tokens * profile.kv_bytes_per_token
     cuts = (0, *boundaries, profile.num_layers)
     devices = []
     for index, stage in enumerate(stages):
         start, stop = cuts[index], cuts[index + 1]
         devices.append(
             StageDevice(
-                name=stage["name"],
-                node=stage["node"],
-                compute=f"{stage['node']}/{stage['device']}",
-                domain=stage["name"],
-                memory_bytes=profile.stage_bytes(start, stop) + stage["overhead_bytes"] + num_kv_bytes * (stop - start),
-                overhead_bytes=stage["overhead_bytes"],
+                name=stage.name,
+                node=stage.node,
+                compute=f"{stage.node}/{stage.device}",
+                domain=stage.name,
+                memory_bytes=profile.stage_bytes(start, stop) + stage.overhead_bytes + num_kv_bytes * (stop - start),
+                overhead_bytes=stage.overhead_bytes,
             )
         )
     return Split(boundaries=boundaries, devices=tuple(devices))

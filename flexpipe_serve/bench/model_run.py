@@ -13,6 +13,7 @@ from flexpipe_serve.bench.prompts import PromptBuilder
 from flexpipe_serve.bench.serve import build_prompts, first_model
 from flexpipe_serve.bench.server import running_server
 from flexpipe_serve.bench.wave import run_wave
+from flexpipe_serve.engine.status import ServerStatus
 from flexpipe_serve.errors import ConfigError
 from flexpipe_serve.planner.profile import ModelProfile
 from flexpipe_serve.planner.types import Calibration, SchedulerLimits, Split
@@ -119,9 +120,9 @@ async def measure(
                     await compare(split, rate, seed=(load.seed, index, number))
 
 
-async def _refactored(handle: AsyncHandle, num_stages: int) -> dict[str, Any]:
+async def _refactored(handle: AsyncHandle, num_stages: int) -> ServerStatus:
     status = await handle.status()
-    if status["layout"]["num_stages"] != num_stages:
+    if status.layout.num_stages != num_stages:
         record = await (await handle.refactor(stages=num_stages, reason="bench model")).wait()
         if record.error is not None:
             raise ConfigError(f"the server did not get to {num_stages} stages: {record.error}")

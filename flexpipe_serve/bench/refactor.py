@@ -197,7 +197,7 @@ class _Bench:
             )
             try:
                 status = await session.prepare()
-                num_layers = status["layout"]["num_layers"]
+                num_layers = status.layout.num_layers
                 if args.churn is None:
                     steps = tour(num_layers, kinds=args.kinds)
                     for round_index in range(args.rounds):
@@ -206,7 +206,7 @@ class _Bench:
                                 continue
                             await session.run(steps, mode=mode, round_index=round_index, rest_s=args.idle)
                 else:
-                    await self._churn(domain, session, list(status["layout"]["boundaries"]), num_layers)
+                    await self._churn(domain, session, list(status.layout.boundaries), num_layers)
             finally:
                 self.sections += session.sections
                 if session.memory is not None:

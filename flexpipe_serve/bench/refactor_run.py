@@ -5,7 +5,6 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from flexpipe_serve.async_handle import AsyncHandle, AsyncRefactorJob
 from flexpipe_serve.bench.arrivals import Arrival
@@ -18,6 +17,7 @@ from flexpipe_serve.bench.tour import Boundaries, Step
 from flexpipe_serve.bench.trial import Trial, refactoring_window
 from flexpipe_serve.bench.wave import run_wave
 from flexpipe_serve.bench.windows import Window
+from flexpipe_serve.engine.status import ServerStatus
 from flexpipe_serve.errors import ConfigError, RefactorBusyError, RefactorRefusedError
 from flexpipe_serve.refactor.record import Mode, RefactorRecord
 
@@ -131,14 +131,14 @@ class Session:
         self._num_warm = 0
         self._last_job: AsyncRefactorJob | None = None
 
-    async def prepare(self) -> dict[str, Any]:
+    async def prepare(self) -> ServerStatus:
         """Computes the reference outputs, on the server at rest. Returns its status.
 
         Raises:
             ConfigError: a request failed.
         """
         status = await self.handle.status()
-        self._layout = tuple(status["layout"]["boundaries"])
+        self._layout = status.layout.boundaries
         with contextlib.suppress(ProcessLookupError):
             self.memory = LocalMemory(status)
         self._say(f"{self.domain}: {len(self._prompts)} reference outputs of {self._plan.num_tokens} tokens")
@@ -154,7 +154,7 @@ class Session:
                 raise ConfigError(f"{self._target.url} cannot do the load at rest: {request.error}")
         self.reference = [request.pieces for request in wave.requests]
         status = await self.handle.status()
-        self._num_warm = len(status["warm_stages"])
+        self._num_warm = len(status.warm_stages)
         return status
 
     @contextlib.asynccontextmanager
@@ -232,7 +232,7 @@ class Session:
         await load.wait_for_tokens(time.perf_counter())
         deadline = time.monotonic() + _POOL_S
         while time.monotonic() < deadline:
-            if len((await self.handle.status())["warm_stages"]) >= self._num_warm:
+            if len((await self.handle.status()).warm_stages) >= self._num_warm:
                 break
             await asyncio.sleep(_POLL_S)
         await asyncio.sleep(_SETTLE_S)
@@ -282,7 +282,7 @@ class Session:
             record = await job.record()
         window = refactoring_window(record, asked_s=asked_s, answered_s=answered_s, clock_offset_s=offset_s)
         # Not what was asked for: it may have been aborted, or recovered.
-        self._layout = tuple((await self.handle.status())["layout"]["boundaries"])
+        self._layout = (await self.handle.status()).layout.boundaries
         return record, window, asked_s
 
     @contextlib.asynccontextmanager

@@ -1,12 +1,11 @@
 """Budgets, layouts and requests of the resize experiment: pure, seeded."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from flexpipe_serve.bench.arrivals import Arrival, gamma_arrivals
+from flexpipe_serve.engine.status import ServerStatus
 from flexpipe_serve.errors import ConfigError
 
 _SLACK_BYTES = 4 << 20
@@ -36,24 +35,24 @@ class Profile:
     block_size: int
 
     @classmethod
-    def of(cls, status: Mapping[str, Any], *, layer_bytes: int) -> "Profile":
+    def of(cls, status: ServerStatus, *, layer_bytes: int) -> "Profile":
         """From ``GET /flexpipe/status`` of a pipeline of two stages.
 
         Raises:
             ConfigError: it has another number of stages.
         """
-        stages, kv = status["stages"], status["kv"]
+        stages, kv = status.stages, status.kv
         if len(stages) != 2:
             raise ConfigError(f"the pipeline has {len(stages)} stages; the experiment is about two")
         first, second = stages
         return cls(
-            boundary=second["layers"][0],
-            num_layers=status["layout"]["num_layers"],
-            weights_bytes=(first["weights_bytes"], second["weights_bytes"]),
-            overhead_bytes=(first["overhead_bytes"], second["overhead_bytes"]),
+            boundary=second.layers[0],
+            num_layers=status.layout.num_layers,
+            weights_bytes=(first.weights_bytes, second.weights_bytes),
+            overhead_bytes=(first.overhead_bytes, second.overhead_bytes),
             layer_bytes=layer_bytes,
-            block_bytes=first["kv_bytes"] // (kv["num_blocks"] * first["num_layers"]),
-            block_size=kv["block_size"],
+            block_bytes=first.kv_bytes // (kv.num_blocks * first.num_layers),
+            block_size=kv.block_size,
         )
 
     def fixed_bytes(self, stage: int, boundary: int) -> int:

@@ -94,7 +94,7 @@ async def calibrate(
         async with AsyncHandle(HttpTransport(url)) as handle:
             await asyncio.sleep(_REPORT_S)
             status = await handle.status()
-            boundary = status["layout"]["boundaries"][0]
+            boundary = status.layout.boundaries[0]
             plan = (await handle.refactor(boundaries=[boundary + 1], dry_run=True)).plan
     return Calibration(Profile.of(status, layer_bytes=plan.weights_bytes), *rates)
 
@@ -147,7 +147,7 @@ async def run_once(
             record = await (await handle.refactor(boundaries=[plan.old])).wait()
             if record.error is not None:
                 raise ConfigError(f"{url} did not get to the boundary {plan.old}: {record.error}")
-            before = (await handle.status())["queue"]["num_preemptions"]
+            before = (await handle.status()).queue.num_preemptions
             samples: list[KVSample] = []
             looking = asyncio.create_task(_look(handle, samples))
             refactoring = asyncio.create_task(_refactor(handle, plan.new, after_s=step_s, resize_kv=resize_kv))
@@ -157,7 +157,7 @@ async def run_once(
             finally:
                 looking.cancel()
                 refactoring.cancel()
-            after = (await handle.status())["queue"]["num_preemptions"]
+            after = (await handle.status()).queue.num_preemptions
     return ResizeRun(resize_kv, round_index, wave, record, step_s, tuple(samples), after - before)
 
 
@@ -172,14 +172,14 @@ async def _look(handle: AsyncHandle, samples: list[KVSample]) -> None:
     started = time.perf_counter()
     while True:
         status = await handle.status()
-        kv, queue = status["kv"], status["queue"]
+        kv, queue = status.kv, status.queue
         samples.append(
             KVSample(
                 at_s=time.perf_counter() - started,
-                num_blocks=kv["num_blocks"],
-                num_used_blocks=kv["num_used_blocks"],
-                num_running=queue["num_running"],
-                num_waiting=queue["num_waiting"],
+                num_blocks=kv.num_blocks,
+                num_used_blocks=kv.num_used_blocks,
+                num_running=queue.num_running,
+                num_waiting=queue.num_waiting,
             )
         )
         await asyncio.sleep(_POLL_S)

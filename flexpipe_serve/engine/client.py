@@ -14,6 +14,7 @@ import tokenizers
 from flexpipe_serve.engine.outputs import SequenceOutput
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scale_record import ScaleRecord, ScaleRequest
+from flexpipe_serve.engine.status import Event, ServerStatus
 from flexpipe_serve.placement.drain import DrainRecord, DrainRequest
 from flexpipe_serve.planner.types import Decision
 from flexpipe_serve.refactor.record import RefactorRecord, RefactorRequest
@@ -77,8 +78,8 @@ class EngineClient(Protocol):
         """
         ...
 
-    def status(self) -> dict[str, Any]:
-        """The body of ``GET /flexpipe/status``: JSON-serialisable."""
+    def status(self) -> ServerStatus:
+        """What ``GET /flexpipe/status`` answers."""
         ...
 
     async def check_health(self) -> None:
@@ -143,8 +144,8 @@ class EngineClient(Protocol):
         """
         ...
 
-    def events(self) -> list[dict[str, Any]]:
-        """What happened to the pipeline lately, the newest last: each with ``time`` (Unix), ``kind``, ``message``."""
+    def events(self) -> list[Event]:
+        """What happened lately, the newest last."""
         ...
 
     def metrics_text(self) -> str:

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 from flexpipe_serve.engine.client import ModelCard
 from flexpipe_serve.engine.fleet_memory import PipelineUse
@@ -19,6 +18,7 @@ from flexpipe_serve.engine.scheduler import Scheduler
 from flexpipe_serve.engine.scheduler_config import SchedulerConfig
 from flexpipe_serve.engine.stage_placer import StagePlacer
 from flexpipe_serve.engine.stage_status import describe_nodes, describe_pipeline
+from flexpipe_serve.engine.status import Event, PipelineStatus
 from flexpipe_serve.engine.step_loop import StepLoop
 from flexpipe_serve.engine.wanted_layout import WantedLayout
 from flexpipe_serve.errors import EngineUnavailableError, RefactorBusyError
@@ -83,7 +83,7 @@ class Engine:
         self._block_size = block_size
         self._loop = StepLoop(self._pipeline, scheduler, metrics, num_cores=num_cores)
         self._control = ThreadPoolExecutor(1, thread_name_prefix="flexpipe-control")
-        self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
+        self._events: deque[Event] = deque(maxlen=_MAX_EVENTS)
         self._placer = StagePlacer(self._pipeline, weights, placements, note=self._note)
         self._refactorings = RefactorManager(
             self._pipeline,
@@ -129,18 +129,19 @@ class Engine:
         if self._keeper.unavailable is not None:
             raise EngineUnavailableError(f"The model cannot be served now: {self._keeper.unavailable}")
 
-    def status(self) -> dict[str, Any]:
-        """The body of ``GET /flexpipe/status``."""
+    def status(self) -> PipelineStatus:
+        """The pipeline's part of ``GET /flexpipe/status``."""
         return describe_pipeline(
+            number=self.number,
             layout=self._pipeline.layout,
             epoch=self._pipeline.epoch,
             reports=self._keeper.reports,
             stats=self._loop.scheduler.stats(),
             block_size=self._block_size,
             unavailable=self._keeper.unavailable,
-            model=self.model.name,
             metrics=self._metrics.snapshot(),
-        ) | {"nodes": describe_nodes(self._drainer.topology(), self._pipeline.node_of)}
+            nodes=describe_nodes(self._drainer.topology(), self._pipeline.node_of),
+        )
 
     async def refactor(self, request: RefactorRequest) -> RefactorRecord:
         """See EngineClient.refactor."""
@@ -159,7 +160,7 @@ class Engine:
         """See EngineClient.refactorings."""
         return self._refactorings.all()
 
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[Event]:
         """See EngineClient.events."""
         return list(self._events)
 
@@ -335,7 +336,7 @@ class Engine:
         self._keeper.on_refactored(finish)
 
     def _note(self, kind: str, message: str) -> None:
-        self._events.append({"time": time.time(), "kind": kind, "message": message})
+        self._events.append(Event(time=time.time(), kind=kind, message=message, pipeline=self.number or None))
 
     def _on_heard(self) -> None:
         reports = list(self._keeper.reports.values())

@@ -9,7 +9,8 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+
+import msgspec
 
 from flexpipe_serve.config import PlannerConfig
 from flexpipe_serve.engine.assemble import EngineMaker
@@ -23,6 +24,7 @@ from flexpipe_serve.engine.profile_source import ProfileSource
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scale_record import ScaleRecord, ScaleRequest
 from flexpipe_serve.engine.stage_status import merge_nodes
+from flexpipe_serve.engine.status import Event, ServerStatus
 from flexpipe_serve.engine.step_loop import RetiredError
 from flexpipe_serve.engine.stream import RequestStream, make_stream
 from flexpipe_serve.errors import InvalidRequestError, QueueFullError, RefactorBusyError
@@ -49,7 +51,7 @@ class Fleet:
     def __init__(self, maker: EngineMaker, *, make_metrics: Callable[[int], EngineMetrics]) -> None:
         self.model = maker.model
         self.tokenizer = maker.tokenizer
-        self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
+        self._events: deque[Event] = deque(maxlen=_MAX_EVENTS)
         """Of the fleet itself, and of pipelines that are gone."""
         self._records: deque[RefactorRecord] = deque(maxlen=_MAX_RECORDS)
         """Of pipelines that are gone."""
@@ -142,18 +144,18 @@ class Fleet:
         if not any(engine.is_up for engine in self.engines):
             await self._scaling.first.check_health()
 
-    def status(self) -> dict[str, Any]:
-        """The body of ``GET /flexpipe/status``: the first pipeline, and under ``pipelines`` all of them."""
-        pipelines = [engine.status() for engine in self.engines]
-        return {
-            **pipelines[0],
-            "config_error": self.config_error,
-            "nodes": merge_nodes(status["nodes"] for status in pipelines),
-            "pipelines": [
-                {"pipeline": number, **{key: value for key, value in status.items() if key != "model"}}
-                for number, status in enumerate(pipelines)
-            ],
-        }
+    def status(self) -> ServerStatus:
+        """See EngineClient.status."""
+        pipelines = tuple(engine.status() for engine in self.engines)
+        return ServerStatus(
+            **{
+                **msgspec.structs.asdict(pipelines[0]),
+                "nodes": merge_nodes(status.nodes for status in pipelines),
+                "model": self.model.name,
+                "config_error": self.config_error,
+                "pipelines": pipelines,
+            }
+        )
 
     async def refactor(self, request: RefactorRequest) -> RefactorRecord:
         """See EngineClient.refactor. Raises InvalidRequestError too: there is no such pipeline."""
@@ -239,12 +241,10 @@ class Fleet:
         records = [record for record in found if record is not None]
         return merge_drains(records) if records else None
 
-    def events(self) -> list[dict[str, Any]]:
-        """See EngineClient.events. Those of further pipelines have their number as ``pipeline``."""
-        events = list(self._events)
-        for engine in self.engines:
-            events += _numbered(engine)
-        return sorted(events, key=lambda event: float(event["time"]))
+    def events(self) -> list[Event]:
+        """See EngineClient.events."""
+        events = [*self._events, *(event for engine in self.engines for event in engine.events())]
+        return sorted(events, key=lambda event: event.time)
 
     # ------------------------------------------------------------------ control
 
@@ -290,14 +290,8 @@ class Fleet:
 
     def note(self, kind: str, message: str) -> None:
         """Write an event."""
-        self._events.append({"time": time.time(), "kind": kind, "message": message})
+        self._events.append(Event(time=time.time(), kind=kind, message=message))
 
     def _keep_records(self, engine: Engine) -> None:
-        self._events.extend(_numbered(engine))
+        self._events.extend(engine.events())
         self._records.extend(engine.refactorings())
-
-
-def _numbered(engine: Engine) -> list[dict[str, Any]]:
-    if engine.number == 0:
-        return engine.events()
-    return [{**event, "pipeline": engine.number} for event in engine.events()]

@@ -80,7 +80,7 @@ def go_on_without(engine: Engine, node: str, running: Load) -> None:
     )
     num_served = running.num_served
     wait_until(lambda: running.num_served > num_served + 8, timeout_s=60, what="further answers")
-    assert "stage_lost" not in [event["kind"] for event in engine.events()]
+    assert "stage_lost" not in [event.kind for event in engine.events()]
 
 
 def run(model: str, nodes: Nodes) -> None:

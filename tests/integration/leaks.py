@@ -45,8 +45,8 @@ def check_pipeline(engine: Engine, *, num_warm: int = 0) -> None:
     assert len(spare) == num_warm
     assert list(pipeline._routes) == [pipeline.epoch]
     assert (loop._calls.num_waiting, len(loop._in_flight), loop._patching_epoch, loop._hold) == (0, 0, None, None)
-    known = [(stage["name"], stage["layers"]) for stage in engine.status()["stages"]]
-    assert known == [(part.stage, [part.start, part.stop]) for part in pipeline.layout.slices]
+    known = [(stage.name, stage.layers) for stage in engine.status().stages]
+    assert known == [(part.stage, (part.start, part.stop)) for part in pipeline.layout.slices]
     files = sorted(path.name for path in pipeline._folder.path.iterdir())
     sockets = [f"{name}.sock" for name in (*pipeline.stages, "router")]
     assert [name for name in files if name.endswith(".sock")] == sorted(sockets)

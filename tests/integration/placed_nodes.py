@@ -73,7 +73,7 @@ def run(model: str, nodes: Nodes) -> None:
                     "scaled": scaled,
                     "refactored": nodes_of(fleet, names),
                     "error": record.error,
-                    "events": [event["kind"] for event in fleet.events()],
+                    "events": [event.kind for event in fleet.events()],
                     "tokens": tokens,
                 }
             ),

@@ -73,7 +73,7 @@ def test_pipelines_come_and_go_under_streams(served: Served, capsys: pytest.Capt
         records = []
         texts = stream_during(served, prompts, lambda: records.append(handle.scale(pipelines=1)))
         (record,) = records
-        events = [event["kind"] for event in handle.events()]
+        events = [event.kind for event in handle.events()]
     assert texts == expected
     assert record.num_handed_over > 0
     assert [kind for kind in events if kind.startswith("pipeline_")] == ["pipeline_started", "pipeline_ended"]

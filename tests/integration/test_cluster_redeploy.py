@@ -70,7 +70,7 @@ def test_a_change_through_a_handle_is_kept_by_serve(served: Served, serve_config
     with flexpipe_serve.connect(served.base_url) as handle:
         assert handle.refactor(stages=1).wait(60).outcome == "done"
         changed = handle.configure(planner={"mode": "observe"}, limits={"max_prompt_tokens": 10})
-        assert (changed["planner"]["mode"], changed["limits"]["max_prompt_tokens"]) == ("observe", 10)
+        assert (changed.planner.mode, changed.limits.max_prompt_tokens) == ("observe", 10)
         with pytest.raises(InvalidRequestError, match="10"):
             handle.generate([5] * 11, max_tokens=1)
         with pytest.raises(InvalidRequestError, match="99 stages for 4 layers"):
@@ -81,8 +81,8 @@ def test_a_change_through_a_handle_is_kept_by_serve(served: Served, serve_config
         assert (kept["layout"], kept["planner"], kept["limits"]) == (
             {"stages": 2}, {"mode": "observe"}, {"max_prompt_tokens": 10},
         )  # fmt: skip
-        assert handle.status()["layout"]["num_stages"] == 1, "a split that was asked for stays with the rest"
-        assert handle.configure(planner=None, limits=None) == UserConfig().model_dump(mode="json")
+        assert handle.status().layout.num_stages == 1, "a split that was asked for stays with the rest"
+        assert handle.configure(planner=None, limits=None) == UserConfig()
         assert handle.refactor(stages=2).wait(60).outcome == "done"
     assert served.user_config() == serve_config["applications"][0]["deployments"][0]["user_config"]
 

@@ -89,7 +89,7 @@ def nodes_of(engine: Engine) -> list[str]:
 
 
 def kinds(engine: Engine) -> list[str]:
-    return [event["kind"] for event in engine.events()]
+    return [event.kind for event in engine.events()]
 
 
 def test_a_node_is_emptied_under_load_and_kept_empty(
@@ -114,9 +114,9 @@ def test_a_node_is_emptied_under_load_and_kept_empty(
             refactor(engine, RefactorRequest(stages=1, nodes=("node-b",)))
     assert ("drain_started" in kinds(engine), "drained" in kinds(engine)) == (True, True)
     assert "node-b" not in [node for _, node in host.launched[num_launched:]]
-    status = {node["id"]: node for node in engine.status()["nodes"]}
-    assert (status["node-b"]["draining"], status["node-b"]["stages"]) == (True, [])
-    assert status["node-a"]["stages"]
+    status = {node.id: node for node in engine.status().nodes}
+    assert (status["node-b"].draining, status["node-b"].stages) == (True, ())
+    assert status["node-a"].stages
     check_idle(engine, host)
 
 

@@ -112,7 +112,7 @@ def test_a_lost_stage_is_replaced_and_its_sequences_replayed(engine: Engine, hos
         return [tokens_of((await task)[0]) for task in tasks]
 
     assert asyncio.run(run()) == expected
-    assert engine.status()["epoch"] == 2
+    assert engine.status().epoch == 2
 
 
 def test_a_lost_stage_is_replaced_without_rests(
@@ -129,7 +129,7 @@ def test_a_lost_stage_is_replaced_without_rests(
     expected = generate_all(engine, [prompt_of(5)], greedy(3))
     engine._pipeline.stage("stage-1").stop()
     assert generate_all(engine, [prompt_of(5)], greedy(3)) == expected
-    assert [event["kind"] for event in engine.events()] == ["stage_lost", "rebuilt"]
+    assert [event.kind for event in engine.events()] == ["stage_lost", "rebuilt"]
     assert not rested
 
 
@@ -145,8 +145,8 @@ def test_another_layout_keeps_every_request(engine: Engine) -> None:
 
     for num_stages in (4, 1, 3):
         assert asyncio.run(run(num_stages)) == expected
-        assert engine.status()["layout"]["num_stages"] == num_stages
-        assert [s["num_layers"] for s in engine.status()["stages"]].count(0) == 0
+        assert engine.status().layout.num_stages == num_stages
+        assert [s.num_layers for s in engine.status().stages].count(0) == 0
 
 
 def test_a_step_that_fails_fails_no_one_else(engine: Engine, host: LocalStageHost, monkeypatch) -> None:
@@ -217,4 +217,4 @@ def test_preemption_changes_no_token(tiny: Path) -> None:
         expected = generate_all(engine, prompts, greedy(50))
     with running_engine(tiny, num_stages=2, block_size=4, max_tokens=160, prefix_cache=False) as engine:
         assert generate_all(engine, prompts, greedy(50)) == expected
-        assert engine.status()["queue"]["num_preemptions"] > 0
+        assert engine.status().queue.num_preemptions > 0

@@ -35,7 +35,7 @@ def engine(six_layers: Path, host: LocalStageHost) -> Iterator[Engine]:
 
 
 def num_stages(engine: Engine) -> int:
-    return int(engine.status()["layout"]["num_stages"])
+    return int(engine.status().layout.num_stages)
 
 
 def test_a_layout_that_does_not_fit_is_refused_and_the_former_one_serves_on(engine: Engine) -> None:
@@ -45,7 +45,7 @@ def test_a_layout_that_does_not_fit_is_refused_and_the_former_one_serves_on(engi
     budgets["local"] = held + (1 << 20)  # no room for a third stage
     with pytest.raises(ConfigError, match=r"Only 0 KV blocks would be left.*domain 'local' has"):
         engine.set_layout(even_layout(NUM_LAYERS, 3)).result(60)
-    assert engine.status()["state"] == "serving"
+    assert engine.status().state == "serving"
     assert engine.refactorings() == []
     assert num_stages(engine) == 2
     assert generate_all(engine, PROMPTS, GREEDY) == expected
@@ -79,7 +79,7 @@ def test_a_stage_lost_before_a_change_of_the_layout_only_delays_it(engine: Engin
     lost.set()
     change.result(60)
     settle(engine)
-    assert engine.status()["state"] == "serving"
+    assert engine.status().state == "serving"
     assert num_stages(engine) == 4
     assert generate_all(engine, PROMPTS, GREEDY) == expected
     check_idle(engine, host)
@@ -115,7 +115,7 @@ def test_the_latest_wish_counts(engine: Engine, host: LocalStageHost) -> None:
 
 def test_the_layout_in_force_is_not_brought_up_again(engine: Engine) -> None:
     engine.set_layout(even_layout(NUM_LAYERS, 2)).result(60)
-    assert engine.status()["epoch"] == 1
+    assert engine.status().epoch == 1
 
 
 def test_warm_stages_are_taken_first(engine: Engine, host: LocalStageHost) -> None:

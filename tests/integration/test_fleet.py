@@ -11,7 +11,6 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from engines import LinearHost, even_layout, running_engine
@@ -22,6 +21,7 @@ from loads import Request, Transcript, load, make_requests, serve_all
 from flexpipe_serve.engine.fleet import Fleet
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scale_record import PipelineLayout, ScaleRecord, ScaleRequest
+from flexpipe_serve.engine.status import StageStatus
 from flexpipe_serve.errors import ConfigError, InvalidRequestError, RefactorBusyError, RefactorRefusedError
 from flexpipe_serve.kernels.native import native_library
 from flexpipe_serve.pipeline import stage as stage_module
@@ -53,15 +53,15 @@ def scale(fleet: Fleet, **fields: object) -> ScaleRecord:
 
 
 def boundaries(fleet: Fleet) -> list[list[int]]:
-    return [pipeline["layout"]["boundaries"] for pipeline in fleet.status()["pipelines"]]
+    return [list(pipeline.layout.boundaries) for pipeline in fleet.status().pipelines]
 
 
-def stages(fleet: Fleet) -> list[dict[str, Any]]:
-    return [stage for pipeline in fleet.status()["pipelines"] for stage in pipeline["stages"]]
+def stages(fleet: Fleet) -> list[StageStatus]:
+    return [stage for pipeline in fleet.status().pipelines for stage in pipeline.stages]
 
 
 def kinds(fleet: Fleet) -> list[str]:
-    return [event["kind"] for event in fleet.events()]
+    return [event.kind for event in fleet.events()]
 
 
 def test_one_two_one_under_load(
@@ -157,7 +157,7 @@ def test_a_pipeline_whose_stage_is_lost_hands_over(
 
 def wait_for_event(fleet: Fleet, kind: str, *, number: int) -> None:
     engine = fleet.engines[number]
-    while not any(event["kind"] == kind for event in engine.events()):
+    while not any(event.kind == kind for event in engine.events()):
         engine._control.submit(lambda: None).result()
         engine.loop.call(lambda: None).result()
 
@@ -179,7 +179,7 @@ def test_pipelines_share_the_memory_and_give_it_back(
         assert 0 < abs(shares[0] - shares[1]) < whole // 20 or shares[0] == shares[1]
         assert sum(shares) < whole
         held = ("kv_bytes", "weights_bytes", "overhead_bytes")
-        assert sum(stage[kind] for kind in held for stage in stages(fleet)) <= 16 << 20
+        assert sum(getattr(stage, kind) for kind in held for stage in stages(fleet)) <= 16 << 20
         scale(fleet, pipelines=1)
         assert alone.loop.scheduler.stats().num_blocks == whole
         check_idle(alone, host)
@@ -190,12 +190,12 @@ def test_what_does_not_fit_is_refused_and_all_is_as_before(
 ) -> None:
     monkeypatch.setattr(stage_module, "private_bytes", lambda device: 0)
     with running_fleet(six_layers, host, memory_budget=3 << 20, max_tokens=1 << 30) as fleet:
-        before = fleet.status()["kv"]
+        before = fleet.status().kv
         with pytest.raises(RefactorRefusedError, match=r"no room for .*memory budget of domain 'local' is \d+ MiB"):
             scale(fleet, pipelines=8)
         assert "pipeline_started" in kinds(fleet)  # some would have fitted
         assert len(fleet.engines) == 1
-        assert fleet.status()["kv"] == before
+        assert fleet.status().kv == before
         with pytest.raises(ConfigError, match="boundary 9 must lie between"):
             scale(fleet, layouts=(PipelineLayout(boundaries=(9,)),))
         check_idle(fleet.engines[0], host)
@@ -219,7 +219,7 @@ def test_each_pipeline_is_refactored_by_itself(six_layers: Path, host: LocalStag
         assert [engine.refactorings() != [] for engine in fleet.engines] == [True, True]
         scale(fleet, pipelines=1)
         assert fleet.refactoring(record.id) is not None
-        assert {event.get("pipeline") for event in fleet.events()} == {None, 1}
+        assert {event.pipeline for event in fleet.events()} == {None, 1}
 
 
 @pytest.fixture(autouse=True)

@@ -128,10 +128,10 @@ def check(
             found = act()
             num_served = running.num_served
         assert running.num_served >= num_served
-        assert engine.status()["state"] == "serving"
+        assert engine.status().state == "serving"
         assert engine.layout is not None
         assert engine.layout.boundaries == boundaries
-        assert engine.status()["kv"]["num_blocks"] == 500
+        assert engine.status().kv.num_blocks == 500
         check_idle(engine, host)
         return found
 
@@ -281,7 +281,7 @@ def test_weights_that_cannot_be_read(engine: Engine, check: Any, monkeypatch: py
 
 
 def test_a_refused_plan_touches_nothing(engine: Engine, check: Any) -> None:
-    epoch = engine.status()["epoch"]
+    epoch = engine.status().epoch
     engine._pipeline.budgets["local/stage-1"] = 1 << 20
 
     def act() -> None:
@@ -289,5 +289,5 @@ def test_a_refused_plan_touches_nothing(engine: Engine, check: Any) -> None:
             refactor(engine, RefactorRequest(boundaries=(1, 4)))
 
     check(act, boundaries=(2, 4))
-    assert engine.status()["epoch"] == epoch
+    assert engine.status().epoch == epoch
     assert engine.refactorings() == []

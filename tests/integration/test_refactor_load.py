@@ -120,7 +120,7 @@ def test_kv_shrinks_for_a_refactoring_and_grows_back(
         max_tokens=4000,
     ) as engine:
         reports = engine._pipeline.reports()
-        num_blocks = engine.status()["kv"]["num_blocks"]
+        num_blocks = engine.status().kv.num_blocks
         block_bytes = engine._pipeline.budget.block_bytes
         for report in reports.values():
             # Room for all blocks of three layers, or two thirds of them while it holds four.

@@ -66,7 +66,7 @@ def check_idle(engine: Engine) -> None:
     pids = {report.pid for report in engine._pipeline.reports().values()}
     assert {process.pid for process in stage_processes()} == pids
     for report in engine._pipeline.reports().values():
-        assert report.num_blocks == engine.status()["kv"]["num_blocks"]
+        assert report.num_blocks == engine.status().kv.num_blocks
 
 
 def kill(engine: Engine, stage: str) -> None:

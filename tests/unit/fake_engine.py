@@ -11,6 +11,7 @@ from fake_drains import FakeDrains
 from fake_planner import FakePlanner
 from fake_refactorings import FakeRefactorings
 from fake_scaling import FakeScaling
+from status_samples import pipeline_status, server_status
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -18,6 +19,7 @@ from flexpipe_serve.engine.client import ModelCard
 from flexpipe_serve.engine.detokenizer import IncrementalDetokenizer
 from flexpipe_serve.engine.outputs import FinishReason, SequenceOutput, TokenLogprob
 from flexpipe_serve.engine.sampling_params import SamplingParams
+from flexpipe_serve.engine.status import ServerStatus
 from flexpipe_serve.errors import EngineUnavailableError, InvalidRequestError, QueueFullError
 
 REPLY = "Paris, naïve café 😀. "
@@ -102,8 +104,8 @@ class FakeEngine(FakeRefactorings, FakeDrains, FakeScaling, FakePlanner):
         self._held = asyncio.Condition()
         self._reply_ids = self.tokenizer.encode(reply)
 
-    def status(self) -> dict[str, Any]:
-        return {"epoch": 0, "running": self._num_running}
+    def status(self) -> ServerStatus:
+        return server_status(pipeline_status(queue={"num_running": self._num_running}))
 
     def metrics_text(self) -> str:
         return f"# TYPE running gauge\nrunning {self._num_running}\n"

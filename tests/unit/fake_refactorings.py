@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
+from flexpipe_serve.engine.status import Event
 from flexpipe_serve.errors import RefactorBusyError, RefactorRefusedError
 from flexpipe_serve.pipeline.layout import even_boundaries, make_layout
 from flexpipe_serve.refactor.record import (
@@ -40,7 +40,7 @@ class FakeRefactorings:
         self._layout = make_layout(num_layers=NUM_LAYERS, boundaries=[15])
         self._records: list[RefactorRecord] = []
         self._cancelled: set[str] = set()
-        self._events: list[dict[str, Any]] = [{"time": 1_700_000_000.0, "kind": "started", "message": "2 stages."}]
+        self._events: list[Event] = [Event(time=1_700_000_000.0, kind="started", message="2 stages.")]
 
     async def refactor(self, request: RefactorRequest) -> RefactorRecord:
         self.requests.append(request)
@@ -69,7 +69,7 @@ class FakeRefactorings:
             raise RefactorBusyError(f"Refactoring {running[0].id} is running; wait for it, or cancel it.")
         self._records.append(record)
         record.phases.append(PhaseTime(phase=Phase.PLAN, start_s=0.0, seconds=0.002))
-        self._events.append({"time": 1_700_000_100.0, "kind": "refactoring started", "message": f"{record.id}."})
+        self._events.append(Event(time=1_700_000_100.0, kind="refactoring started", message=f"{record.id}."))
         return copy.deepcopy(record)
 
     def refactoring(self, refactoring_id: str) -> RefactorRecord | None:
@@ -87,7 +87,7 @@ class FakeRefactorings:
     def refactorings(self) -> list[RefactorRecord]:
         return copy.deepcopy(self._records)
 
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[Event]:
         return copy.deepcopy(self._events)
 
     def _find(self, refactoring_id: str) -> RefactorRecord | None:
@@ -119,9 +119,7 @@ class FakeRefactorings:
 
     def _end(self, record: RefactorRecord, outcome: Outcome, error: str | None) -> None:
         record.outcome, record.error = outcome, error
-        self._events.append(
-            {"time": 1_700_000_103.5, "kind": "refactoring ended", "message": f"{record.id}: {outcome}."}
-        )
+        self._events.append(Event(time=1_700_000_103.5, kind="refactoring ended", message=f"{record.id}: {outcome}."))
 
     def _plan(self, request: RefactorRequest) -> RefactorPlan:
         boundaries = request.boundaries

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from status_samples import pipeline_status, server_status, stage
 
 from flexpipe_serve.bench.adapt import in_turn
 from flexpipe_serve.bench.adapt_metrics import (
@@ -304,11 +306,11 @@ def test_what_all_runs_of_a_repetition_share_widens_no_paired_interval(seed: int
 def test_looks_count_the_stages_of_all_pipelines() -> None:
     from flexpipe_serve.bench.adapt_run import look_at
 
-    stages = [{"compute": "n/cpu"}, {"compute": "n/cores 1"}]
-    pipeline = {"stages": stages, "queue": {"num_running": 2, "num_waiting": 1}}
-    status = {"layout": {"boundaries": [3]}, "kv": {"num_blocks": 7}, "pipelines": [pipeline]}
-    assert look_at(status, at_s=1.5) == Look(1.5, 2, 2, 1, (3,), 2, 1, 7)
-    both = {**status, "pipelines": [pipeline, {**pipeline, "stages": stages[:1]}]}
+    stages = [stage(compute="n/cpu"), stage(compute="n/cores 1")]
+    some: dict[str, Any] = {"queue": {"num_running": 2, "num_waiting": 1}, "kv": {"num_blocks": 7}}
+    pipeline = pipeline_status([3], stages=stages, **some)
+    assert look_at(server_status(pipeline), at_s=1.5) == Look(1.5, 2, 2, 1, (3,), 2, 1, 7)
+    both = server_status(pipeline, pipeline_status(stages=stages[:1], **some))
     assert look_at(both, at_s=0) == Look(0, 3, 2, 2, (3,), 4, 2, 7)
 
 

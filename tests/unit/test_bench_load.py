@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from status_samples import pipeline_status, server_status, stage
 from test_bench_serve import FakeServer
 
 from flexpipe_serve.bench.client import Target
@@ -177,7 +178,7 @@ def test_memory_of_local_stages() -> None:
         assert child.stdout is not None
         assert child.stdin is not None
         child.stdout.readline()
-        status = {"stages": [{"name": "stage-0", "pid": child.pid}]}
+        status = server_status(pipeline_status(stages=[stage(pid=child.pid)]))
         memory = LocalMemory(status)
         assert child.pid in memory.pids()
         assert memory.num_stage_processes() == 1

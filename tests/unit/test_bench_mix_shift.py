@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from status_samples import pipeline_status, server_status
 
 from flexpipe_serve.bench import adapt_report, mix_shift, mix_shift_report
 from flexpipe_serve.bench.adapt_metrics import Alone, Look
@@ -36,6 +37,7 @@ from flexpipe_serve.bench.mix_shift_plan import (
 from flexpipe_serve.bench.resize_plan import Profile
 from flexpipe_serve.bench.resize_run import Calibration
 from flexpipe_serve.bench.wave import RequestRecord, Wave
+from flexpipe_serve.engine.status import ServerStatus
 
 PREFILL, DECODE = Mix("100+4", 100, 4), Mix("10+40", 10, 40)
 
@@ -212,8 +214,8 @@ async def test_budgets_follow_what_processes_take_with_little_kv(
     async def running_session(*_: object, server_args: dict[str, Any], **__: object) -> AsyncIterator[Any]:
         budgets.append(server_args["memory_budget"])
 
-        async def status() -> dict[str, Any]:
-            return {"kv": {"num_blocks": 39}}
+        async def status() -> ServerStatus:
+            return server_status(pipeline_status(kv={"num_blocks": 39}))
 
         async def capacity(*_: object, **__: object) -> float:
             return 1.0

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from profile_cases import profile_of
 from rich.console import Console
+from status_samples import pipeline_status, server_status, stage
 from test_bench_summary import record as request
 
 from flexpipe_serve.bench.arrivals import Arrival, gamma_arrivals
@@ -20,6 +21,7 @@ from flexpipe_serve.bench.model_report import render, to_json
 from flexpipe_serve.bench.model_run import Load
 from flexpipe_serve.bench.wave import Wave
 from flexpipe_serve.cli import main
+from flexpipe_serve.engine.status import ServerStatus
 from flexpipe_serve.planner.latency import predict
 from flexpipe_serve.planner.profile import Curve
 from flexpipe_serve.planner.types import Calibration, SchedulerLimits
@@ -29,17 +31,10 @@ WAVE = Wave("flexpipe", 0.0, (request(0.0, 0.5, 0.6, 0.7), request(1.0, 1.1, 1.3
 ARRIVALS = [Arrival(0.5, 100, 50), Arrival(1.0, 100, 50)]
 
 
-def status_of(*boundaries: int, overheads: tuple[int, ...], max_tokens: int = 4096) -> dict[str, Any]:
-    """As much of a server's status as matters."""
-    names = [f"stage-{index}" for index in range(len(boundaries) + 1)]
-    return {
-        "layout": {"boundaries": list(boundaries), "num_stages": len(names)},
-        "kv": {"max_tokens": max_tokens},
-        "stages": [
-            {"name": name, "node": "a", "device": "cpu", "overhead_bytes": overhead}
-            for name, overhead in zip(names, overheads, strict=True)
-        ],
-    }
+def status_of(*boundaries: int, overheads: tuple[int, ...], max_tokens: int = 4096) -> ServerStatus:
+    stages = [stage(f"stage-{index}", overhead_bytes=overhead) for index, overhead in enumerate(overheads)]
+    assert len(stages) == len(boundaries) + 1
+    return server_status(pipeline_status(boundaries, stages=stages, kv={"max_tokens": max_tokens}))
 
 
 def point_of(rate: float | None) -> Point:

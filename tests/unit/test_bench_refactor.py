@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from status_samples import pipeline_status, server_status, stage
 from test_bench_arrivals import write_tokenizer
 from test_bench_serve import FakeServer
 from test_bench_windows import record
@@ -66,11 +67,8 @@ class FakePipeline(FakeServer):
             tops = [{TEXT[i]: -0.1, "X": -0.1 - 1e-5} for i in range(len(TEXT))]
             return 200, {"choices": [{"logprobs": {"text_offset": list(range(len(TEXT))), "top_logprobs": tops}}]}
         if path == "/flexpipe/status":
-            queue = {"num_running": 0, "num_waiting": 0}
-            layout = {"num_layers": 30, "num_stages": len(self.boundaries) + 1, "boundaries": self.boundaries}
-            stages = [{"pid": 2**22 + 1, "name": f"stage-{i}"} for i in range(layout["num_stages"])]
-            kv = {"num_used_blocks": 0, "num_blocks": 9}
-            return 200, {"layout": layout, "stages": stages, "warm_stages": [], "queue": queue, "kv": kv}
+            stages = [stage(f"stage-{i}", pid=2**22 + 1) for i in range(len(self.boundaries) + 1)]
+            return 200, server_status(pipeline_status(self.boundaries, stages=stages, kv={"num_blocks": 9}))
         if method == "POST":
             assert path == "/flexpipe/refactor"
             if body["boundaries"] == self.refuse:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from status_samples import pipeline_status, server_status, stage
 from test_bench_summary import record as request
 from test_bench_windows import record as refactoring
 
@@ -68,14 +69,12 @@ def test_a_growth_that_cannot_be() -> None:
 
 
 def test_profile_from_a_status() -> None:
-    stages = [
-        {"layers": [0, 12], "num_layers": 12, "weights_bytes": 5, "overhead_bytes": 7, "kv_bytes": 12 * 10 * 24_576},
-        {"layers": [12, 30], "num_layers": 18, "weights_bytes": 6, "overhead_bytes": 8, "kv_bytes": 0},
-    ]
-    status = {"stages": stages, "kv": {"num_blocks": 10, "block_size": 16}, "layout": {"num_layers": 30}}
+    first = stage(layers=(0, 12), num_layers=12, weights_bytes=5, overhead_bytes=7, kv_bytes=12 * 10 * 24_576)
+    second = stage(layers=(12, 30), num_layers=18, weights_bytes=6, overhead_bytes=8)
+    status = server_status(pipeline_status([12], stages=[first, second], kv={"num_blocks": 10}))
     assert Profile.of(status, layer_bytes=3) == Profile(12, 30, (5, 6), (7, 8), 3, 24_576, 16)
     with pytest.raises(ConfigError, match="has 1 stages"):
-        Profile.of(status | {"stages": stages[:1]}, layer_bytes=3)
+        Profile.of(server_status(), layer_bytes=3)
 
 
 def test_arrivals_step_up() -> None:

@@ -3,43 +3,34 @@
 import io
 import json
 
+import msgspec
 import pytest
 from fake_engine import FakeEngine
 from http_server import serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from status_samples import pipeline_status, server_status, stage
 
 from flexpipe_serve import async_handle, cli_views
 from flexpipe_serve.cli import main
 from flexpipe_serve.cli_views import RefactorProgress, layer_ranges, seconds, size
 from flexpipe_serve.deployments.api import create_app
 from flexpipe_serve.engine.scale_record import ScaleRequest
+from flexpipe_serve.engine.status import ServerStatus
 from flexpipe_serve.errors import EngineUnavailableError, RefactorRefusedError
 from flexpipe_serve.refactor.record import Mode, Phase, RefactorRequest
 
-PIPELINE = {
-    "pipeline": 0,
-    "state": "serving",
-    "reason": None,
-    "epoch": 7,
-    "stages": [
-        {
-            "name": "stage-0",
-            "node": "a" * 56,
-            "pid": 4711,
-            "device": "cpu",
-            "layers": [0, 15],
-            "weights_bytes": 311 << 20,
-            "kv_bytes": 3 << 29,
-            "overhead_bytes": 0,
-            "num_steps": 24,
-        }
-    ],
-    "kv": {"num_used_blocks": 5, "num_blocks": 20, "use": 0.25, "num_cached_blocks": 2, "max_tokens": 320},
-    "queue": {"num_running": 3, "num_waiting": 1, "num_steps_in_flight": 2, "num_preemptions": 0},
-}
-STATUS = {"model": "fake/model", "config_error": "stages is 99.", **PIPELINE, "pipelines": [PIPELINE], "nodes": []}
+STAGE = stage(
+    node="a" * 56, pid=4711, layers=(0, 15), num_layers=15, weights_bytes=311 << 20, kv_bytes=3 << 29, num_steps=24
+)
+PIPELINE = pipeline_status(
+    stages=[STAGE],
+    epoch=7,
+    kv={"num_used_blocks": 5, "num_blocks": 20, "use": 0.25, "num_cached_blocks": 2, "max_tokens": 320},
+    queue={"num_running": 3, "num_waiting": 1, "num_steps_in_flight": 2},
+)
+STATUS = server_status(PIPELINE, model="fake/model", config_error="stages is 99.")
 
 
 @pytest.fixture(autouse=True)
@@ -77,12 +68,12 @@ def test_status(run, engine, monkeypatch):
     assert "5 of 20 blocks used (25.0%), 2 cached; room for 320 tokens" in out
     assert "3 running, 1 waiting, 2 steps in flight, 0 preemptions" in out
     assert "\x1b" not in out
-    assert json.loads(run("status", "--json")[1]) == STATUS
+    assert msgspec.json.decode(run("status", "--json")[1], type=ServerStatus) == STATUS
 
 
 def test_status_of_several_pipelines(run, engine, monkeypatch):
-    second = PIPELINE | {"pipeline": 1, "state": "unavailable", "reason": "a stage was lost.", "epoch": 2}
-    monkeypatch.setattr(engine, "status", lambda: STATUS | {"config_error": None, "pipelines": [PIPELINE, second]})
+    second = pipeline_status(pipeline=1, state="unavailable", reason="a stage was lost.", epoch=2)
+    monkeypatch.setattr(engine, "status", lambda: server_status(PIPELINE, second, model="fake/model"))
     lines = run("status")[1].splitlines()
     assert lines[0] == "fake/model  pipeline 0  serving  epoch 7"
     assert "fake/model  pipeline 1  unavailable  epoch 2" in lines

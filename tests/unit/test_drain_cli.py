@@ -3,6 +3,7 @@
 import pytest
 from fake_drains import NODES
 from http_server import serve
+from status_samples import node, server_status
 
 from flexpipe_serve import cli_drain
 from flexpipe_serve.cli import main
@@ -78,14 +79,8 @@ def test_somebody_may_take_it_back(run, engine, monkeypatch):
 def test_the_status_shows_nodes_where_there_are_several(capsys):
     from rich.console import Console
 
-    def node(name, **fields):
-        return {
-            "id": name, "address": "10.0.0.1", "rack": "", "zone": "z1", "alive": True, "draining": False, "stages": [],
-            **fields,
-        }  # fmt: skip
-
-    nodes = [node("a", stages=["stage-0", "stage-1"]), node("b", draining=True), node("c", alive=False)]
-    Console(width=120).print(status_view({"model": "m", "pipelines": [], "nodes": nodes}))
+    nodes = (node("a", stages=("stage-0", "stage-1")), node("b", draining=True), node("c", alive=False))
+    Console(width=120).print(status_view(server_status(pipelines=(), nodes=nodes)))
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
     assert lines[1:] == [
         ["a", "10.0.0.1", "-", "z1", "alive", "stage-0,", "stage-1"],

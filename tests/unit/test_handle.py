@@ -111,7 +111,7 @@ def test_refactor_and_wait(handle, engine):
     assert threads == {threading.current_thread()}
     assert job.record() == record == job.wait()
     assert handle.refactorings() == [record]
-    assert [event["kind"] for event in handle.events()][1:] == ["refactoring started", "refactoring ended"]
+    assert [event.kind for event in handle.events()][1:] == ["refactoring started", "refactoring ended"]
 
 
 def test_every_argument_reaches_the_engine(handle, engine):
@@ -327,6 +327,20 @@ def test_somebody_else_answers(status):
         pytest.raises(EngineUnavailableError, match=rf"status {status}.* is not one of flexpipe-serve: '<html>"),
     ):
         handle.status()
+
+
+@pytest.mark.parametrize("content", [b'{"planer": {}}', b'{"layout": {"stages": 0}}', b"[]"])
+def test_a_configuration_of_something_else(content):
+    async def other(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": content})
+
+    with (
+        serve(other) as url,
+        flexpipe_serve.connect(url) as handle,
+        pytest.raises(EngineUnavailableError, match="is not one of flexpipe-serve"),
+    ):
+        handle.config()
 
 
 def test_arguments_that_do_not_go_together():

@@ -94,7 +94,7 @@ async def test_a_server_without_one_says_so() -> None:
 def test_from_python(url: str) -> None:
     with connect(url) as handle:
         changed = handle.configure(planner={"mode": "observe"}, warm_stages=1)
-        assert (changed["planner"]["mode"], changed["warm_stages"]) == ("observe", 1)
+        assert (changed.planner.mode, changed.warm_stages) == ("observe", 1)
         assert handle.config() == changed
         with pytest.raises(InvalidRequestError, match="did you mean 'planner'"):
             handle.configure(planer={})

@@ -3,11 +3,14 @@
 import threading
 
 import jsonschema
+import msgspec
 import pytest
 from fake_engine import FakeEngine
 from http_client import client_of
+from status_samples import server_status
 
 from flexpipe_serve import __version__
+from flexpipe_serve.engine.status import ServerStatus
 
 
 async def test_models(client):
@@ -43,7 +46,8 @@ async def test_version(client):
 
 
 async def test_status(client):
-    assert (await client.get("/flexpipe/status")).json() == {"epoch": 0, "running": 0}
+    content = (await client.get("/flexpipe/status")).content
+    assert msgspec.json.decode(content, type=ServerStatus) == server_status()
 
 
 async def test_welcome(client):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections import defaultdict
@@ -10,6 +9,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from flexpipe_serve.engine.request import Sequence, SequenceUpdate
 from flexpipe_serve.engine.sampling_params import SamplingParams
 from flexpipe_serve.engine.scheduler_config import SchedulerStats
-from flexpipe_serve.metrics import EngineMetrics
+from flexpipe_serve.metrics import EngineMetrics, Latency, MetricsSnapshot
 from flexpipe_serve.refactor.record import Mode, Outcome, Phase, RefactorPlan, RefactorRecord
 
 
@@ -192,7 +192,7 @@ def test_scheduler_counts_are_recorded_once(totals: list[int], flushes: list[boo
         )
         if flush:
             metrics.flush(now)
-    assert metrics.snapshot()["counters"]["prompt_tokens"] == 3 * total
+    assert metrics.snapshot().counters["prompt_tokens"] == 3 * total
     metrics.flush(100.0)
     assert sum(backend["prompt_tokens"].get((), [])) == 3 * total
     assert sum(backend["prefix_cache_hit_tokens"].get((), [])) == total
@@ -239,7 +239,7 @@ def test_refactorings(metrics: EngineMetrics, backend: FakeBackend) -> None:
     assert backend["refactor_copied_bytes"] == {("snapshot",): [2500], ("patch",): [20]}
     assert backend["refactor_seconds"] == {(): [3.0, 1.5, 3.0]}, "a refused one took none of a refactoring's time"
     assert backend["refactor_stop_seconds"] == {(): [0.0004, 0.0, 0.0004]}
-    assert metrics.snapshot()["counters"]["refactorings"] == {"done": 2, "aborted": 1, "refused": 1}
+    assert metrics.snapshot().counters["refactorings"] == {"done": 2, "aborted": 1, "refused": 1}
 
 
 def test_flush_keeps_its_interval(metrics: EngineMetrics, backend: FakeBackend) -> None:
@@ -263,9 +263,9 @@ def test_a_flood_of_observations_is_thinned_evenly(metrics: EngineMetrics, backe
 def test_snapshot_before_and_after_a_flush_without_a_backend() -> None:
     metrics = EngineMetrics(app="chat", model="demo")
     empty = metrics.snapshot()
-    assert empty["counters"]["sequences_finished"] == {}
-    assert empty["counters"]["steps"] == 0
-    assert empty["latencies"]["inter_token_seconds"] == {"num": 0}
+    assert empty.counters["sequences_finished"] == {}
+    assert empty.counters["steps"] == 0
+    assert empty.latencies["inter_token_seconds"] == Latency(num=0)
     for number in range(1, 2001):
         metrics.on_step(number / 1000, (0.5,), num_tokens=2)
         if number == 1500:
@@ -273,20 +273,15 @@ def test_snapshot_before_and_after_a_flush_without_a_backend() -> None:
     metrics.on_sequence_finished(sequence(), "abort")
     before = metrics.snapshot()
     metrics.flush(2.0)
-    assert metrics.snapshot() == before == json.loads(json.dumps(before))
-    assert before["counters"]["steps"] == 2000
-    assert before["counters"]["generation_tokens"] == 4000
-    assert before["counters"]["sequences_finished"] == {"abort": 1}
-    assert before["counters"]["stage_compute_seconds"] == {"0": 1000.0}
+    assert metrics.snapshot() == before == msgspec.json.decode(msgspec.json.encode(before), type=MetricsSnapshot)
+    assert before.counters["steps"] == 2000
+    assert before.counters["generation_tokens"] == 4000
+    assert before.counters["sequences_finished"] == {"abort": 1}
+    assert before.counters["stage_compute_seconds"] == {"0": 1000.0}
     # Of the last 1000 observations, 1.001 to 2.000 s.
-    assert before["latencies"]["step_seconds"] == {
-        "num": 2000,
-        "mean": pytest.approx(1.5005),
-        "p50": 1.5,
-        "p90": 1.9,
-        "p99": 1.99,
-        "max": 2.0,
-    }
+    assert before.latencies["step_seconds"] == Latency(
+        num=2000, mean=pytest.approx(1.5005), p50=1.5, p90=1.9, p99=1.99, max=2.0
+    )
 
 
 def test_a_sequence_may_go_on_in_another_pipeline(backend: FakeBackend, metrics: EngineMetrics) -> None:
@@ -294,8 +289,8 @@ def test_a_sequence_may_go_on_in_another_pipeline(backend: FakeBackend, metrics:
     seq = sequence()
     generate(metrics, seq, [101.0, 102.0])
     generate(other, seq, [106.0, 107.0])
-    latencies = other.snapshot()["latencies"]
-    assert (latencies["inter_token_seconds"]["max"], latencies["time_to_first_token_seconds"]["num"]) == (5.0, 0)
+    latencies = other.snapshot().latencies
+    assert (latencies["inter_token_seconds"].max, latencies["time_to_first_token_seconds"].num) == (5.0, 0)
 
 
 def test_nothing_is_shown_of_a_pipeline_that_is_gone(backend: FakeBackend, metrics: EngineMetrics) -> None:

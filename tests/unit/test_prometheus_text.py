@@ -55,7 +55,7 @@ def test_nothing_is_lost_or_counted_twice_however_often_it_is_asked_for(rounds: 
     if rounds:
         num = sum(map(len, rounds))
         assert found["flexpipe_step_seconds_count", "0"] == found["flexpipe_generation_tokens_total", "0"] == num
-        assert metrics.snapshot()["latencies"]["step_seconds"]["num"] == num
+        assert metrics.snapshot().latencies["step_seconds"].num == num
         counts = [value for key, value in found.items() if key[0] == "flexpipe_step_seconds_bucket"]
         assert counts == sorted(counts)
 
