@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from flexpipe_serve.async_handle import AsyncHandle, AsyncRefactorJob
+from flexpipe_serve.async_handle import AsyncHandle
 from flexpipe_serve.bench.arrivals import Arrival
 from flexpipe_serve.bench.client import Target
 from flexpipe_serve.bench.identity import Difference, find_difference
@@ -129,7 +129,8 @@ class Session:
         self.sections: list[Section] = []
         self._layout: Boundaries = ()
         self._num_warm = 0
-        self._last_job: AsyncRefactorJob | None = None
+        self._last_id: str | None = None
+        """Of the latest refactoring."""
 
     async def prepare(self) -> ServerStatus:
         """Computes the reference outputs, on the server at rest. Returns its status.
@@ -241,8 +242,8 @@ class Session:
         """A window at rest, with looks at the server as often as in one of a refactoring."""
         start_s = time.perf_counter()
         while (left_s := start_s + seconds - time.perf_counter()) > 0:
-            if self._last_job is not None:
-                await self._last_job.record()
+            # Not by a job: one that is over answers by itself.
+            await (self.handle.refactoring(self._last_id) if self._last_id else self.handle.refactorings())
             await asyncio.sleep(min(_POLL_S, left_s))
         return Window(start_s, time.perf_counter())
 
@@ -263,13 +264,14 @@ class Session:
         asked_s = time.perf_counter()
         poll_s = _CHURN_POLL_S if hurry else _POLL_S
         try:
-            job = self._last_job = await self.handle.refactor(
+            job = await self.handle.refactor(
                 boundaries=boundaries,
                 mode=mode,
                 hurry=hurry,
                 max_bytes_per_s=_CHURN_BYTES_PER_S if hurry else None,
                 reason="benchmark",
             )
+            self._last_id = job.id
         except RefactorBusyError:  # the record of the one before is closed a moment before it makes room
             await asyncio.sleep(poll_s)
             return await self.refactor(boundaries, mode=mode, hurry=hurry)

@@ -40,6 +40,8 @@ class FakePipeline(FakeServer):
         self.cut = False
         self.was_refactored = False
         self.record = record()
+        self.num_looks = [0]
+        """At the server, before the first refactoring and since each."""
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -78,8 +80,12 @@ class FakePipeline(FakeServer):
             self.asked.append((body["boundaries"], body["mode"]))
             self.boundaries = body["boundaries"]
             self.was_refactored = True
+            self.num_looks.append(0)
             self.record = record(requested_at=time.time(), switched_at=time.time() + 0.02, seconds=0.05)
             return 202, msgspec.structs.replace(self.record, outcome=Outcome.RUNNING)
+        self.num_looks[-1] += 1
+        if path == "/flexpipe/refactor":
+            return 200, {"data": []}
         assert path == "/flexpipe/refactor/r"
         return 200, self.record
 
@@ -157,6 +163,13 @@ def test_a_tour_in_two_modes(fake: FakePipeline, bench, tmp_path: Path) -> None:
         ("live", "scale-out"), ("live", "all"), ("sync", "shift"),
     ]  # fmt: skip
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_server_is_looked_at_as_often_at_rest(fake: FakePipeline, bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks take a percent or two of a small machine's tokens."""
+    monkeypatch.setattr("flexpipe_serve.bench.refactor_run._POLL_S", 0.01)
+    bench("--modes", "live", "--kinds", "shift,split")
+    assert all(num >= 5 for num in fake.num_looks), "one of them tells that it is over"
 
 
 def test_kinds_that_do_not_follow_each_other_are_joined(fake: FakePipeline, bench) -> None:
