@@ -149,7 +149,7 @@ class Stage:
         setup, newest = self.setup, max(self._assignments, default=0)
         held = self._assignments.get(newest)
         sizes = self._model.sizes
-        snapshot_bytes, patch_bytes = self._copies.num_bytes(newest)
+        snapshot_bytes, patch_bytes = self._copies.num_bytes(self._last_epoch)
         on_cpu = self._device.type == "cpu"
         domain = self.node if on_cpu else f"{self.node}/{self._device}"
         free = available_bytes(self._device)

@@ -61,7 +61,7 @@ class StageCopies:
         self._taking: dict[int, dict[str, _Taking]] = {}
         """By new epoch and source."""
         self._num_bytes: dict[int, tuple[int, int]] = {}
-        """Of copies that are over."""
+        """Of copies that are over, by new epoch."""
         self._forgotten: set[int] = set()
         self._changed = threading.Condition()
 
@@ -251,11 +251,11 @@ class StageCopies:
                 self._drop(key)
         with self._changed:
             ended = [copy for new, taking in self._taking.items() if new >= epoch for copy in taking.values()]
-            for new in [new for new in self._taking if new > epoch]:
+            for new in [new for new in self._taking if new >= epoch]:
                 self._num_bytes[new] = self.num_bytes(new)
                 self._taking[new] = {}
             self._taking.pop(epoch, None)
-            self._num_bytes.pop(epoch, None)
+            self._num_bytes = {new: counts for new, counts in self._num_bytes.items() if new >= epoch}
             self._changed.notify_all()
         for copy in ended:
             copy.outlet.close()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import stage_epoch_cases
@@ -125,6 +126,28 @@ def test_kv_moves_while_steps_go_on(
     assert_as_expected(seqs, expected)
     assert h.stages[moves[0][1]].report().copied_bytes > 0, "the figures outlive the copy"
     assert all(not stage._copies._giving for stage in h.stages.values())
+
+
+def test_a_copy_that_was_given_up_is_still_told(h: Harness) -> None:
+    """After an abort the newest assignment is the old one again, whose own copies are another refactoring's."""
+    h.start(*OLD)
+    seq = sequences(h)[0]
+    h.step(1, [seq])
+    num_bytes = []
+    for epoch, layers in ((2, [2]), (3, [2, 3])):
+        h.add(
+            epoch,
+            ("stage-0", 0, layers[-1] + 1),
+            *([("stage-1", 3, 4)] if epoch == 2 else []),
+            stage_0=[("stage-1", layers)],
+        )
+        header = msgspec.structs.replace(copy_header(h, target="stage-0", layers=layers), epoch=epoch)
+        h.routes[1]["stage-1"].send(encode(header, np.array(seq.blocks, np.int32).data.cast("B")))
+        h.stages["stage-0"].wait_copied(epoch, through_step=0, timeout_s=60)
+        for stage in h.stages.values():
+            stage.release(epoch)
+        num_bytes.append(h.stages["stage-0"].report().copied_bytes)
+    assert num_bytes[1] == 2 * num_bytes[0] > 0
 
 
 # ---------------------------------------------------------------------- a source made of hand-written messages
