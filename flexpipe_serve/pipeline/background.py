@@ -17,6 +17,7 @@ import psutil
 _T = TypeVar("_T")
 _LOWER_BY = 5
 """Steps of niceness: about a third of a normal thread's share."""
+_LEAST_URGENT = 19
 _SHARE = 0.02
 """Of one core, for all that is done on a node while its cores are wanted: what those who wait for tokens may lose."""
 _SPARE_CORES = 0.75
@@ -38,7 +39,14 @@ def in_background(work: Callable[[], _T]) -> _T:
     A thread of its own each time: without privileges its priority cannot be raised again. Threads that it starts
     would inherit it, so sockets and the like are not made here.
     """
-    return _in_thread(work, lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _niceness()))
+    return _in_thread(work, lambda: lower_priority(_LOWER_BY))
+
+
+def lower_priority(steps: int) -> None:
+    """Of the calling thread, by so many steps of niceness, as far as there are any: Ray starts its workers at 15 of 19,
+    and only the superuser may raise a priority."""
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(_LEAST_URGENT, niceness + steps))
 
 
 def gently(work: Callable[[Callable[[], None]], _T], *, folder: Path) -> _T:
@@ -128,10 +136,6 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def _niceness() -> int:
-    return min(19, os.getpriority(os.PRIO_PROCESS, 0) + _LOWER_BY)
 
 
 def _in_thread(work: Callable[[], _T], lower_priority: Callable[[], None]) -> _T:

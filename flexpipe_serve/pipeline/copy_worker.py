@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
 import threading
 import time
@@ -12,13 +11,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 
+from flexpipe_serve.pipeline.background import lower_priority
 from flexpipe_serve.pipeline.messages import CopyHeader, Frame, PatchAckHeader, PatchHeader, StepBatch
 from flexpipe_serve.pipeline.stage_copies import StageCopies
 
 logger = logging.getLogger(__name__)
-_NICENESS = 10
-"""A waking thread of such a priority takes the core from nobody: copies use the moments in which a step leaves a core
-idle, and a tenth of one where it leaves none, so that a patch comes soon however busy the machine is."""
+_LOWER_BY = 10
+"""Steps of niceness. A waking thread of such a priority takes the core from nobody: copies use the moments in which a
+step leaves a core idle, and a tenth of one where it leaves none (a third, where Ray has left but four steps), so that
+a patch comes soon however busy the machine is."""
 _LOOK_S = 0.2
 _STEPS_AT_ONCE = 8
 """Heard of at one waking while a snapshot is on its way."""
@@ -122,7 +123,7 @@ class CopyWorker:
     # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        lower_priority(_LOWER_BY)
         while True:
             # What comes meanwhile waits for a piece of the snapshot: it must end also where steps come faster than
             # their patches go.

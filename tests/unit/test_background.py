@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -132,3 +134,22 @@ def test_nobody_waits_for_a_folder_that_is_gone(rests: Rests, tmp_path: Path) ->
     rests.all_meet = threading.Barrier(NUM_WORKERS, timeout=60)
     in_threads(lambda: gently(burn, folder=tmp_path / "gone"))
     assert rests.most_at_once == NUM_WORKERS
+
+
+def test_a_thread_gives_way_also_where_little_priority_is_left_and_none_can_be_had() -> None:
+    """Ray's workers are at 15. Copies went to a fixed 10: above the steps, or refused where not for the superuser."""
+    code = """
+import os, threading
+from flexpipe_serve.pipeline.background import lower_priority
+os.nice(15)
+if os.getuid() == 0:
+    os.setuid(65534)
+def run():
+    lower_priority(10)
+    print(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), os.getpriority(os.PRIO_PROCESS, os.getpid()))
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["19", "15"], found.stderr
