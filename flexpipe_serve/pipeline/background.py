@@ -138,12 +138,12 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _in_thread(work: Callable[[], _T], lower_priority: Callable[[], None]) -> _T:
+def _in_thread(work: Callable[[], _T], set_priority: Callable[[], None]) -> _T:
     done: Future[_T] = Future()
 
     def run() -> None:
         try:
-            lower_priority()
+            set_priority()
             done.set_result(work())
         except BaseException as error:  # thread edge: the caller gets it
             done.set_exception(error)
